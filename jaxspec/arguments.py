@@ -1,0 +1,320 @@
+"""What `generate` and `stream` are given, checked and brought into the loop's form.
+
+Everything wrong with static arguments is found here, before anything runs, and says what to
+change. Values under a trace are not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import drafters, loop, policies, verifiers
+from jaxspec.sampling import Sampling, resolve
+from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
+
+Array: TypeAlias = jax.Array
+
+_SMALLEST_BUCKET = 32
+
+
+class Prepared(NamedTuple):
+    """A call, ready for the loop.
+
+    Attributes:
+      engine: the strategies.
+      request: the rows' limits, keys and options.
+      prompts: i32[B, L], right-padded with 0.
+      max_new_tokens: T.
+      pad_id: fills the result behind each row's tokens.
+    """
+
+    engine: loop.Engine
+    request: loop.Request
+    prompts: Array
+    max_new_tokens: int
+    pad_id: int
+
+
+def prepare(
+    target: LanguageModel,
+    prompts: Any,
+    *,
+    drafter: Drafter | str | None = None,
+    verifier: Verifier | None = None,
+    policy: Policy | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    max_new_tokens: int = 128,
+    num_draft_tokens: int = 4,
+    eos_ids: Sequence[int] | int | None = None,
+    pad_id: int = 0,
+    key: Array | None = None,
+    prompt_lengths: Any = None,
+) -> Prepared:
+    """Checks the arguments of `jaxspec.generate`, which documents them.
+
+    Raises:
+      ValueError: see `jaxspec.generate`.
+    """
+    if not isinstance(target, LanguageModel):
+        raise ValueError(
+            f"the target must be a jaxspec.LanguageModel, got {type(target).__name__}; "
+            "jaxspec_models.load returns one, beside its tokenizer."
+        )
+    _check_count("max_new_tokens", max_new_tokens)
+    engine = _engine(target, drafter, verifier, policy, sampling, num_draft_tokens)
+    tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, target.vocab_size)
+    batch = tokens.shape[0]
+    _check_fits(engine, tokens, lengths, max_new_tokens)
+    options = resolve(sampling, batch)
+    row_keys = _row_keys(key, batch, sampling.is_greedy)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    request = loop.Request(
+        keys=row_keys,
+        prompt_lengths=lengths,
+        max_lengths=lengths + max_new_tokens,
+        eos_ids=_eos_ids(target, eos_ids),
+        options=options,
+    )
+    # Padding may be anything (-100, a pad id beyond the vocabulary): a model is fed valid ids.
+    is_prompt = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    tokens = jnp.where(is_prompt, jnp.asarray(tokens, jnp.int32), 0)
+    return Prepared(engine, request, tokens, max_new_tokens, pad_id)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a Python integer of at least 1, got {value!r}.")
+
+
+# ---------------------------------------------------------------------------------------------
+# Strategies.
+
+
+def _engine(
+    target: LanguageModel,
+    drafter: Drafter | str | None,
+    verifier: Verifier | None,
+    policy: Policy | None,
+    options: Sampling,
+    num_draft_tokens: int,
+) -> loop.Engine:
+    if drafter == "auto":
+        drafter = target.default_drafter or drafters.prompt_lookup()
+    if isinstance(drafter, LanguageModel):
+        raise ValueError("to draft with a model, pass drafter=jaxspec.drafters.model(lm).")
+    if isinstance(drafter, str) or not (drafter is None or isinstance(drafter, Drafter)):
+        raise ValueError(
+            "drafter must come from jaxspec.drafters or follow jaxspec.types.Drafter, or be "
+            f"'auto' or None; got {drafter!r}."
+        )
+    if drafter is None:
+        num_draft_tokens = 0
+    else:
+        _check_count("num_draft_tokens", num_draft_tokens)
+        size = getattr(drafter, "vocab_size", None)
+        if size is not None and size != target.vocab_size:
+            raise ValueError(
+                f"the drafter has {size} tokens and the target {target.vocab_size}; both must "
+                "use one vocabulary. Choose a draft model with the target's tokenizer."
+            )
+        if drafter.hidden_layers:
+            target.require(["hidden_layers"], "this drafter")
+    _check_type("verifier", verifier, Verifier, "jaxspec.verifiers")
+    _check_type("policy", policy, Policy, "jaxspec.policies")
+    is_greedy = options.is_greedy or _is_all_zero(options.temperature)
+    if getattr(verifier, "needs_greedy_sampling", False) and not is_greedy:
+        raise ValueError(
+            "verifiers.greedy is exact at temperature 0 only; pass "
+            "sampling=Sampling(temperature=0), or leave verifier=None for the right rule."
+        )
+    if verifier is None:
+        verifier = verifiers.greedy() if options.is_greedy else verifiers.rejection()
+    policy = policies.fixed(num_draft_tokens) if policy is None else policy
+    return loop.Engine(target, drafter, verifier, policy, num_draft_tokens)
+
+
+def _check_type(name: str, value: Any, protocol: type, home: str) -> None:
+    # A factory that was not called is a class or function: name the slip.
+    if value is None or (isinstance(value, protocol) and not isinstance(value, type)):
+        if not callable(value) or not hasattr(value, "__name__"):
+            return
+    raise ValueError(
+        f"{name} must come from {home} (called: {home}.name()) or follow "
+        f"jaxspec.types.{protocol.__name__}; got {value!r}."
+    )
+
+
+def _is_all_zero(temperature: Any) -> bool:
+    if temperature is None or isinstance(temperature, jax.core.Tracer):
+        return False
+    return not np.any(np.asarray(temperature))
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts.
+
+
+def _prompts(prompts: Any, prompt_lengths: Any, pad_id: int, vocab_size: int) -> tuple[Any, Any]:
+    """Token ids [B, L] and lengths [B]; NumPy where known before running."""
+    if isinstance(prompts, str) or (
+        isinstance(prompts, (list, tuple)) and any(isinstance(p, str) for p in prompts)
+    ):
+        raise ValueError(
+            "prompts must be token ids, got text; jaxspec_models.generate_text takes text, or "
+            "encode it with the model's tokenizer."
+        )
+    if isinstance(prompts, (list, tuple)):
+        if prompt_lengths is not None:
+            raise ValueError("prompt_lengths goes with an array of prompts; a list needs none.")
+        tokens, lengths = _bucketed(prompts)
+    else:
+        tokens, lengths = _array(prompts, prompt_lengths, pad_id)
+    _check_ids(tokens, lengths, vocab_size)
+    return tokens, lengths
+
+
+def _bucketed(prompts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Pads lists to a power of two, so that a new length rarely means a new program."""
+    if not prompts:
+        raise ValueError("prompts is empty: pass at least one prompt.")
+    rows = [np.asarray(prompt) for prompt in prompts]
+    if any(row.ndim != 1 for row in rows):
+        raise ValueError("prompts must be a list of token-id lists: wrap one prompt as [prompt].")
+    if empty := [i for i, row in enumerate(rows) if row.size == 0]:
+        raise ValueError(
+            f"prompt {empty[0]} is empty: a model needs a token to start from, such as its "
+            "beginning-of-sequence id."
+        )
+    if any(not np.issubdtype(row.dtype, np.integer) for row in rows):
+        raise ValueError("prompts must hold integers, the tokens' ids.")
+    lengths = np.array([row.size for row in rows], np.int32)
+    bucket = max(_SMALLEST_BUCKET, 1 << int(lengths.max() - 1).bit_length())
+    tokens = np.zeros((len(rows), bucket), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : row.size] = row
+    return tokens, lengths
+
+
+def _array(prompts: Any, prompt_lengths: Any, pad_id: int) -> tuple[Any, Any]:
+    if getattr(prompts, "ndim", None) != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
+        raise ValueError(
+            "prompts must be a list of token-id lists or an integer array [B, L], got "
+            f"{getattr(prompts, 'dtype', type(prompts).__name__)}{getattr(prompts, 'shape', '')}."
+        )
+    batch, size = prompts.shape
+    if batch == 0 or size == 0:
+        raise ValueError(f"prompts has shape {prompts.shape}: pass at least one token a row.")
+    has_lengths = prompt_lengths is not None
+    if not has_lengths:
+        prompt_lengths = np.full((batch,), size, np.int32)
+    if not isinstance(prompts, jax.core.Tracer):
+        prompts = np.asarray(prompts)
+    if not isinstance(prompt_lengths, jax.core.Tracer):
+        prompt_lengths = np.asarray(prompt_lengths)
+        if prompt_lengths.shape != (batch,):
+            raise ValueError(
+                f"prompt_lengths must have shape ({batch},), got {prompt_lengths.shape}."
+            )
+        if np.any(prompt_lengths < 1) or np.any(prompt_lengths > size):
+            raise ValueError(
+                f"prompt_lengths must lie in 1 … {size}, the width of prompts; an empty prompt "
+                f"gives a model nothing to start from. Got {prompt_lengths.tolist()}."
+            )
+        if isinstance(prompts, np.ndarray):
+            _check_padding(prompts, prompt_lengths, pad_id, has_lengths)
+    return prompts, prompt_lengths
+
+
+def _check_padding(prompts: np.ndarray, lengths: np.ndarray, pad_id: int, has_lengths: bool):
+    """Left-padded rows are refused: a row whose head is padding and whose tail is not."""
+    size = prompts.shape[1]
+    is_pad = prompts == pad_id
+    if has_lengths:
+        is_left_padded = any(
+            length < size and row[: size - length].all() and not row[length:].all()
+            for row, length in zip(is_pad, lengths, strict=True)
+        )
+    else:
+        heads = is_pad[:, 0]
+        is_left_padded = (heads.any() and not heads.all()) or bool(
+            is_pad[:, :2].all(axis=1).any() and size > 1
+        )
+    if is_left_padded:
+        raise ValueError(
+            "prompts look left-padded. Pad on the right and pass prompt_lengths, or pass a list "
+            f"of token-id lists; if the leading {pad_id}s are real tokens, pass them as lists."
+        )
+
+
+def _check_ids(tokens: Any, lengths: Any, vocab_size: int) -> None:
+    if isinstance(tokens, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
+        return
+    is_prompt = np.arange(tokens.shape[1])[None] < np.asarray(lengths)[:, None]
+    ids = np.asarray(tokens)[is_prompt]
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(
+            f"prompts hold the token id {ids.min() if ids.min() < 0 else ids.max()}; the "
+            f"target's ids are 0 … {vocab_size - 1}. Use the target's own tokenizer."
+        )
+
+
+def _check_fits(engine: loop.Engine, tokens: Any, lengths: Any, max_new_tokens: int) -> None:
+    if isinstance(lengths, jax.core.Tracer):
+        return
+    needed = int(np.max(lengths)) + max_new_tokens
+    drafter_limit = getattr(engine.drafter, "max_length", None)
+    for name, limit in (("target", engine.target.max_length), ("drafter", drafter_limit)):
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"the longest prompt ({int(np.max(lengths))}) + max_new_tokens "
+                f"({max_new_tokens}) is {needed}, and the {name} is made for {limit} tokens; "
+                "shorten the prompt or lower max_new_tokens."
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# Ends and randomness.
+
+
+def _eos_ids(target: LanguageModel, eos_ids: Sequence[int] | int | None) -> Array:
+    if eos_ids is None:
+        eos_ids = target.eos_ids
+    if isinstance(eos_ids, (int, np.integer)):
+        eos_ids = (int(eos_ids),)
+    ids = jnp.asarray(eos_ids, jnp.int32)
+    if ids.ndim != 1:
+        raise ValueError(f"eos_ids must be a sequence of token ids, got shape {ids.shape}.")
+    return ids
+
+
+def _row_keys(key: Array | None, batch: int, is_greedy: bool) -> Array:
+    """key[B]: as given, or one key folded once with each row's number."""
+    if key is None:
+        if not is_greedy:
+            raise ValueError(
+                "sampling needs randomness: pass key=jax.random.key(seed), or "
+                "sampling=Sampling(temperature=0) for greedy decoding."
+            )
+        key = jax.random.key(0, impl="threefry2x32")
+    key = jnp.asarray(key)
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.shape not in ((2,), (batch, 2)):
+            raise ValueError(
+                f"key must be jax.random.key(seed), or one key a row, got {key.dtype}{key.shape}."
+            )
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    if key.dtype != jax.random.key(0, impl="threefry2x32").dtype:
+        raise ValueError(
+            "key must be a threefry key, jax.random.key(seed, impl='threefry2x32'): under vmap "
+            f"{key.dtype} gives a row other numbers in another batch."
+        )
+    if key.shape == ():
+        return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"key must be one key or {batch} keys, one a row; got shape {key.shape}.")
+    return key

@@ -1,0 +1,9 @@
+"""Where drafts come from: one drafter a file.
+
+Each public name is a factory: `drafters.prompt_lookup()` returns a `jaxspec.types.Drafter`.
+"""
+
+from jaxspec.drafters.model import model as model
+from jaxspec.drafters.prompt_lookup import prompt_lookup as prompt_lookup
+
+__all__ = ["model", "prompt_lookup"]

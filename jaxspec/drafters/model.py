@@ -1,0 +1,219 @@
+"""A language model drafts for a larger one, with a cache of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxspec import sampling
+from jaxspec.types import PREFILL_CHUNK, Cache, Context, Draft, LanguageModel, Outcome, Signals
+
+Array: TypeAlias = jax.Array
+
+# A draft step feeds up to two tokens: after a draft was accepted whole, its last token was never
+# fed, so the cache lags by one. Two rows cost what one costs (see benchmarks/README.md).
+_STEP = 2
+
+
+class ModelState(NamedTuple):
+    """The drafter's state.
+
+    Attributes:
+      cache: the draft model's.
+      num_cached: i32[B], tokens of the committed text that the cache holds; at most length - 1.
+    """
+
+    cache: Cache
+    num_cached: Array
+
+
+class _Progress(NamedTuple):
+    """One row after another reaches its own end of the draft phase."""
+
+    cache: Cache
+    tokens: Array  # i32[B, N], the text with the drafts behind it
+    num_cached: Array  # i32[B]
+    num_known: Array  # i32[B], length of the text with the drafts
+    log_probs: Array | None  # f32[B, K, V]
+    is_open: Array  # bool[B], whether the row drafts on
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelDrafter:
+    """See `model`."""
+
+    lm: LanguageModel
+
+    hidden_layers: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the draft model."""
+        return self.lm.vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        """The draft model's limit, in tokens."""
+        return self.lm.max_length
+
+    def init(self, batch: int, capacity: int) -> ModelState:
+        """An empty cache."""
+        cache = self.lm.init_cache(batch, capacity, PREFILL_CHUNK)
+        return ModelState(cache, jnp.zeros((batch,), jnp.int32))
+
+    def prefill(
+        self,
+        state: ModelState,
+        tokens: Array,
+        hidden: tuple[Array, ...],
+        start: Array,
+        num_new: Array,
+    ) -> ModelState:
+        """Feeds one chunk of the prompts."""
+        del hidden
+        none = jnp.zeros((tokens.shape[0], 0), jnp.int32)
+        _, cache = self._apply(tokens, state.cache, start, num_new, none)
+        return ModelState(cache, state.num_cached + num_new)
+
+    def propose(
+        self,
+        keys: Array,
+        state: ModelState,
+        context: Context,
+        num_draft: Array,
+        keep_drafting: Callable[[Signals], Array],
+    ) -> tuple[Draft, ModelState]:
+        """Drafts token by token, each row at its own pace, until every row has stopped.
+
+        A row that lags behind its text (it was not drafted for in earlier rounds) first catches
+        up, while the others draft.
+        """
+        batch, num_slots = keys.shape
+        rows = jnp.arange(batch)
+        options = context.sampling
+        shape = (batch, num_slots, self.lm.vocab_size)
+        log_probs = None if options.is_greedy else jnp.full(shape, -jnp.inf, jnp.float32)
+        uniforms = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(keys)
+
+        def step(progress: _Progress) -> _Progress:
+            # Feed what is known and not cached.
+            lag = progress.num_known - progress.num_cached
+            num_new = jnp.where(progress.is_open, jnp.minimum(lag, _STEP), 0)
+            fed = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (_STEP,)))(
+                progress.tokens, progress.num_cached
+            )
+            last = jnp.maximum(num_new - 1, 0)[:, None]
+            logits, cache = self._apply(fed, progress.cache, progress.num_cached, num_new, last)
+            num_cached = progress.num_cached + num_new
+            has_next = progress.is_open & (num_cached == progress.num_known)
+
+            # The law of the next token, then the policy's say, and only then the token.
+            slot = progress.num_known - context.lengths
+            prefix = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (num_slots,)))(
+                progress.tokens, context.lengths
+            )
+            scores = jax.vmap(sampling.process)(
+                logits[:, 0], options, context.history, prefix, slot
+            ).log_probs
+            goes_on = keep_drafting(Signals(slot, scores))
+            is_open = progress.is_open & (goes_on | ~has_next)
+            draws = has_next & is_open
+            if log_probs is None:
+                token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+                new_log_probs = None
+            else:
+                token = jax.vmap(lambda numbers, at, weights: sampling.draw(numbers[at], weights))(
+                    uniforms, jnp.minimum(slot, num_slots - 1), jnp.exp(scores)
+                )
+                at = jnp.where(draws, slot, num_slots)  # out of range: dropped
+                new_log_probs = progress.log_probs.at[rows, at].set(scores, mode="drop")
+            at = jnp.where(draws, progress.num_known, progress.tokens.shape[1])
+            num_known = progress.num_known + draws.astype(jnp.int32)
+            return _Progress(
+                cache=cache,
+                tokens=progress.tokens.at[rows, at].set(token, mode="drop"),
+                num_cached=num_cached,
+                num_known=num_known,
+                log_probs=new_log_probs,
+                is_open=is_open & (num_known - context.lengths < num_draft),
+            )
+
+        progress = lax.while_loop(
+            lambda progress: jnp.any(progress.is_open),
+            step,
+            _Progress(
+                cache=state.cache,
+                tokens=context.tokens,
+                num_cached=state.num_cached,
+                num_known=context.lengths,
+                log_probs=log_probs,
+                is_open=num_draft > 0,
+            ),
+        )
+        tokens = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (num_slots,)))(
+            progress.tokens, context.lengths
+        )
+        draft = Draft(tokens, progress.log_probs, progress.num_known - context.lengths)
+        return draft, ModelState(progress.cache, progress.num_cached)
+
+    def commit(self, state: ModelState, outcome: Outcome) -> ModelState:
+        """Keeps what was cached of the text that stands; the rest is overwritten later."""
+        # The pending token at `start` and the accepted drafts behind it are right.
+        standing = outcome.start + 1 + outcome.num_accepted
+        num_cached = jnp.minimum(state.num_cached, standing)
+        return state._replace(
+            num_cached=jnp.where(outcome.is_active, num_cached, state.num_cached)
+        )
+
+    def _apply(self, tokens, cache, start, num_new, logits_at):
+        """Logits f32[B, M, V] at `logits_at` i32[B, M], whatever the model can do by itself."""
+        optional = {"num_new": num_new, "logits_at": logits_at}
+        kwargs = {name: value for name, value in optional.items() if self.lm.accepts(name)}
+        output, cache = self.lm.apply(self.lm.params, tokens, cache, start=start, **kwargs)
+        logits = output.logits
+        if "logits_at" not in kwargs:
+            logits = jnp.take_along_axis(logits, logits_at[:, :, None], axis=1)
+        return logits, cache
+
+
+def model(lm: LanguageModel) -> ModelDrafter:
+    """Drafts with a smaller language model over the same vocabulary.
+
+    It samples under the target's own options, so that temperature, top-k, … shape q as they
+    shape p; at temperature 0 its drafts are point masses. Each draft step feeds only what is new.
+
+    Args:
+      lm: the draft model.
+
+    Returns:
+      A drafter.
+
+    References:
+      Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxspec
+      >>> def apply(params, tokens, cache, *, start):
+      ...     return jaxspec.ModelOutput(params[tokens]), cache
+      >>> def init_cache(batch, capacity, max_step):
+      ...     return ()
+      >>> lm = jaxspec.LanguageModel(10.0 * jnp.eye(4)[jnp.array([1, 2, 3, 0])],
+      ...                            apply, init_cache, vocab_size=4)
+      >>> out = jaxspec.generate(lm, [[0]], drafter=model(lm), max_new_tokens=5,
+      ...                        sampling=jaxspec.Sampling(temperature=0))
+      >>> out.tokens.tolist(), out.stats.num_spec_steps.tolist()
+      ([[1, 2, 3, 0, 1]], [1])
+    """
+    if not isinstance(lm, LanguageModel):
+        raise ValueError(
+            f"drafters.model takes a jaxspec.LanguageModel, got {type(lm).__name__}; "
+            "jaxspec_models.load returns one, beside its tokenizer."
+        )
+    return ModelDrafter(lm)

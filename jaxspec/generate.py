@@ -1,0 +1,150 @@
+"""The façade: prefill, then the loop, then the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxspec import arguments, loop
+from jaxspec.sampling import Sampling
+from jaxspec.stats import Stats
+from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
+
+Array: TypeAlias = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns. A registered pytree.
+
+    Attributes:
+      tokens: i32[B, T], new tokens only (an EOS included), then `pad_id`.
+      lengths: i32[B], the number of new tokens of each row.
+      log_probs: f32[B, T], natural log-probability of each new token under the target after the
+        sampling options; of a greedy row under the target at temperature 1; then 0.
+      status: i32[B], why each row stopped: `jaxspec.status.EOS`, `LENGTH` or `NONFINITE`.
+      stats: `Stats`, per row.
+      guarantee: "distribution": the tokens have exactly the target's distribution (static).
+    """
+
+    tokens: Array
+    lengths: Array
+    log_probs: Array
+    status: Array
+    stats: Stats
+    guarantee: str = dataclasses.field(metadata={"static": True})
+
+
+# One program serves `generate` (no limit) and `stream` (one round at a time).
+prefill = jax.jit(loop.prefill, static_argnames="max_new_tokens")
+run = jax.jit(loop.run, donate_argnames="state")
+
+
+@functools.partial(jax.jit, static_argnames="pad_id")
+def result(engine: loop.Engine, request: loop.Request, state: loop.State, *, pad_id: int):
+    """The `Generation` of a state."""
+    size = state.log_probs.shape[1]
+    lengths = state.lengths - request.prompt_lengths
+    tokens = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (size,)))(
+        state.tokens, request.prompt_lengths
+    )
+    is_new = jnp.arange(size)[None] < lengths[:, None]
+    return Generation(
+        tokens=jnp.where(is_new, tokens, pad_id),
+        lengths=lengths,
+        log_probs=state.log_probs,
+        status=state.status,
+        stats=state.stats,
+        guarantee=engine.verifier.guarantee,
+    )
+
+
+def generate(
+    target: LanguageModel,
+    prompts: Any,
+    *,
+    drafter: Drafter | str | None = None,
+    verifier: Verifier | None = None,
+    policy: Policy | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    max_new_tokens: int = 128,
+    num_draft_tokens: int = 4,
+    eos_ids: Sequence[int] | int | None = None,
+    pad_id: int = 0,
+    key: Array | None = None,
+    prompt_lengths: Array | None = None,
+) -> Generation:
+    """Writes text with the target's distribution, several tokens per target forward.
+
+    Prefill and loop are one compiled program each, without host round-trips. The function is
+    itself traceable: it works inside a user's `jax.jit`, with models as pytree arguments. It
+    compiles anew only when a static shape or strategy changes; lists of prompts are padded to a
+    power of two, so that a new length rarely does.
+
+    Args:
+      target: the model whose distribution is kept.
+      prompts: a list of token-id lists, or i32[B, L] padded on the right.
+      drafter: from `jaxspec.drafters`; "auto": the target's own, or prompt lookup; None: plain
+        decoding through the same loop.
+      verifier: from `jaxspec.verifiers`; None: the strongest lossless rule for the options.
+      policy: from `jaxspec.policies`; None: `num_draft_tokens` in every round.
+      sampling: the options, one value for all rows or one a row.
+      max_new_tokens: T ≥ 1, tokens to write at most (static).
+      num_draft_tokens: K ≥ 1, the most tokens drafted in a round (static).
+      eos_ids: tokens that end a row; None: the model's own; (): never stop.
+      pad_id: fills the result behind each row's tokens (static).
+      key: `jax.random.key(seed)` (threefry), folded with each row's number, or key[B], one a row,
+        so that a row's tokens follow its key wherever it stands. May be left out at temperature 0.
+      prompt_lengths: i32[B] for an array of prompts; None: every row is L tokens long.
+
+    Returns:
+      A `Generation`.
+
+    Raises:
+      ValueError: a static argument is wrong: an empty or left-padded prompt, ids outside the
+        vocabulary, vocabularies that differ, more tokens than a model is made for, counts below
+        1, an option out of range, no key, a rule that does not fit the temperature. What depends
+        on data becomes a row's `status` instead.
+
+    References:
+      Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxspec
+      >>> def apply(params, tokens, cache, *, start):  # a bigram table
+      ...     return jaxspec.ModelOutput(params[tokens]), cache
+      >>> def init_cache(batch, capacity, max_step):
+      ...     return ()
+      >>> table = jax.random.normal(jax.random.key(0), (8, 8))
+      >>> lm = jaxspec.LanguageModel(table, apply, init_cache, vocab_size=8)
+      >>> out = jaxspec.generate(lm, [[1, 2], [3]], drafter=jaxspec.drafters.model(lm),
+      ...                        max_new_tokens=6, key=jax.random.key(1))
+      >>> out.tokens.shape, out.lengths.tolist(), out.guarantee
+      ((2, 6), [6, 6], 'distribution')
+    """
+    prepared = arguments.prepare(
+        target,
+        prompts,
+        drafter=drafter,
+        verifier=verifier,
+        policy=policy,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        num_draft_tokens=num_draft_tokens,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        key=key,
+        prompt_lengths=prompt_lengths,
+    )
+    engine, request = prepared.engine, prepared.request
+    state = prefill(engine, request, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
+    state = run(engine, request, state, -1)
+    return result(engine, request, state, pad_id=prepared.pad_id)

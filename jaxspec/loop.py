@@ -1,0 +1,402 @@
+"""The loop: one compiled program that drafts, verifies and commits until every row has stopped.
+
+Strategies arrive as values; no concrete drafter, verifier or policy is known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxspec import sampling, stats, status
+from jaxspec.types import (
+    PREFILL_CHUNK,
+    Cache,
+    Context,
+    Draft,
+    Drafter,
+    LanguageModel,
+    Outcome,
+    Policy,
+    Verdict,
+    Verifier,
+)
+
+Array: TypeAlias = jax.Array
+
+# Purposes that a round's key is folded with: no two draws share a key.
+_PROPOSE, _VERIFY = 0, 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What stays the same from call to call; weights are leaves, the rest is static.
+
+    Attributes:
+      target: the model whose distribution is kept.
+      drafter: None decodes plainly, through the same loop.
+      verifier: the acceptance rule.
+      policy: how much to draft.
+      num_draft_tokens: K, the static maximum of drafts in a round; 0 without a drafter.
+    """
+
+    target: LanguageModel
+    drafter: Drafter | None
+    verifier: Verifier
+    policy: Policy
+    num_draft_tokens: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The target layers that the drafter reads."""
+        return () if self.drafter is None else self.drafter.hidden_layers
+
+
+class Request(NamedTuple):
+    """What a call asks for; read by every round, never changed.
+
+    Attributes:
+      keys: key[B], one a row; it follows the request, not the slot in the batch.
+      prompt_lengths: i32[B].
+      max_lengths: i32[B], prompt + new tokens at which a row stops.
+      eos_ids: i32[E], tokens that end a row; E may be 0.
+      options: the resolved sampling options.
+    """
+
+    keys: Array
+    prompt_lengths: Array
+    max_lengths: Array
+    eos_ids: Array
+    options: sampling.Options
+
+
+class State(NamedTuple):
+    """What the loop carries.
+
+    Invariants:
+      1. Caches are valid below `lengths - 1`; the last committed token is pending: the next
+         forward feeds it.
+      2. Slots beyond are garbage, finite, and overwritten before anything sees them. Rolling
+         back is not advancing `lengths`.
+      3. A row that has stopped emits nothing and disturbs no one.
+      4. A row's tokens do not depend on the other rows, the batch size or the padding. Inside a
+         row, randomness is keyed by (round, purpose, offset): a position that is tried again
+         sees new numbers.
+      5. The q that verification uses is bit for bit the q that was sampled from.
+      6. No host round-trip.
+      7. No cache is copied.
+      8. Arithmetic does not depend on the width or the batch (the model's part; see
+         `jaxspec_models.layers`).
+    """
+
+    # Evolves.
+    lengths: Array  # i32[B], committed tokens, prompt included
+    status: Array  # i32[B], see jaxspec.status
+    num_rounds: Array  # i32[B], rounds the row took part in
+    history: sampling.History  # what penalties look back on
+    policy: Any
+    # Reported.
+    log_probs: Array  # f32[B, T], of new tokens
+    stats: stats.Stats
+    # Written in place.
+    tokens: Array  # i32[B, N], prompt and output
+    cache: Cache  # the target's
+    drafter: Any
+
+
+def token_buffer_length(max_prompt: int, max_new_tokens: int, num_draft_tokens: int) -> int:
+    """N: room for the drafts of a row that is one token short of its limit."""
+    return max_prompt + max_new_tokens + num_draft_tokens + 1
+
+
+def cache_capacity(max_prompt: int, max_new_tokens: int, num_draft_tokens: int) -> int:
+    """Slots that calls may write: no write is ever clamped.
+
+    Prefill writes whole chunks; a round writes K + 1 slots from the pending token on, and a
+    drafter up to one slot more.
+    """
+    whole_chunks = -(-max_prompt // prefill_width(max_prompt)) * prefill_width(max_prompt)
+    return max(
+        whole_chunks, token_buffer_length(max_prompt, max_new_tokens, num_draft_tokens) + 1
+    )
+
+
+def prefill_width(max_prompt: int) -> int:
+    """Tokens in one prefill call."""
+    return min(max_prompt, PREFILL_CHUNK)
+
+
+def prefill(engine: Engine, request: Request, prompts: Array, *, max_new_tokens: int) -> State:
+    """Feeds the prompts to target and drafter, chunk by chunk.
+
+    The last prompt token stays pending, so that no logits are formed at all; the first round
+    forms them for that token only. Chunks that no row needs are skipped: the number of chunks is
+    data.
+
+    Args:
+      engine: the strategies.
+      request: what is asked for.
+      prompts: i32[B, L], right-padded with valid token ids.
+      max_new_tokens: T.
+
+    Returns:
+      The `State` before the first round.
+    """
+    batch, max_prompt = prompts.shape
+    target, drafter = engine.target, engine.drafter
+    capacity = cache_capacity(max_prompt, max_new_tokens, engine.num_draft_tokens)
+    width = prefill_width(max_prompt)
+    hidden_layers = engine.hidden_layers
+    num_to_feed = request.prompt_lengths - 1
+
+    def feed_chunk(index: Array, carry: tuple[Cache, Any]) -> tuple[Cache, Any]:
+        cache, drafter_state = carry
+        at = index * width
+        # The last chunk of a prompt array that is no multiple of the width: gather, not slice,
+        # which would clamp and shift.
+        columns = jnp.minimum(at + jnp.arange(width), max_prompt - 1)
+        tokens = prompts[:, columns]
+        start = jnp.full((batch,), at, jnp.int32)
+        num_new = jnp.clip(num_to_feed - at, 0, width)
+        none = jnp.zeros((batch, 0), jnp.int32)
+        output, cache = _apply(
+            target, tokens, cache, start, num_new, logits_at=none, hidden_layers=hidden_layers
+        )
+        if drafter is not None:
+            drafter_state = drafter.prefill(drafter_state, tokens, output.hidden, start, num_new)
+        return cache, drafter_state
+
+    carry = (
+        target.init_cache(batch, capacity, max(width, engine.num_draft_tokens + 1)),
+        None if drafter is None else drafter.init(batch, capacity),
+    )
+    num_chunks = (jnp.max(num_to_feed) + width - 1) // width
+    cache, drafter_state = lax.fori_loop(0, num_chunks, feed_chunk, carry)
+
+    size = token_buffer_length(max_prompt, max_new_tokens, engine.num_draft_tokens)
+    tokens = jnp.pad(prompts, ((0, 0), (0, size - max_prompt)))
+    return State(
+        lengths=request.prompt_lengths,
+        status=jnp.full((batch,), status.RUNNING, jnp.int32),
+        num_rounds=jnp.zeros((batch,), jnp.int32),
+        history=sampling.init_history(
+            request.options, prompts, request.prompt_lengths, target.vocab_size
+        ),
+        policy=engine.policy.init(batch),
+        log_probs=jnp.zeros((batch, max_new_tokens), jnp.float32),
+        stats=stats.init(batch, engine.num_draft_tokens),
+        tokens=tokens,
+        cache=cache,
+        drafter=drafter_state,
+    )
+
+
+def run(engine: Engine, request: Request, state: State, limit: Array | int) -> State:
+    """Rounds until every row has stopped, or `limit` rounds have passed.
+
+    Args:
+      engine: the strategies.
+      request: what is asked for.
+      state: from `prefill` or an earlier `run`.
+      limit: i32[], rounds at most; negative: no limit.
+
+    Returns:
+      The new state.
+    """
+
+    def goes_on(carry: tuple[Array, State]) -> Array:
+        rounds, state = carry
+        return (
+            jnp.any(state.status == status.RUNNING)  # some row is not done
+            & ((limit < 0) | (rounds < limit))  # the caller wants more
+        )
+
+    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+        rounds, state = carry
+        return rounds + 1, one_round(engine, request, state)
+
+    return lax.while_loop(goes_on, step, (jnp.int32(0), state))[1]
+
+
+def one_round(engine: Engine, request: Request, state: State) -> State:
+    """Propose, one target forward, verify, commit."""
+    is_active = state.status == status.RUNNING
+    start = state.lengths - 1
+    draft, drafter_state = _propose(engine, request, state, is_active)
+
+    # One target forward over the pending token and the drafts.
+    pending = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
+    fed = jnp.concatenate([pending, draft.tokens], axis=1)
+    num_new = jnp.where(is_active, 1 + draft.length, 0)
+    output, cache = _apply(
+        engine.target, fed, state.cache, start, num_new, hidden_layers=engine.hidden_layers
+    )
+    logits = output.logits.astype(jnp.float32)
+
+    # A position whose logits are not finite ends the draft there: what stands before it is
+    # verified as ever, and the row stops when it gets there.
+    draft, num_finite = _cut_at_nonfinite(draft, logits)
+
+    # The sampling options at every position, each with the drafts before it as its prefix.
+    offsets = jnp.arange(engine.num_draft_tokens + 1)
+    at_offsets = jax.vmap(sampling.process, in_axes=(0, None, None, None, 0))
+    scores = jax.vmap(at_offsets, in_axes=(0, 0, 0, 0, None))(
+        logits, request.options, state.history, draft.tokens, offsets
+    )
+
+    keys = _keys(request.keys, state.num_rounds, _VERIFY, engine.num_draft_tokens + 1)
+    verdict = jax.vmap(engine.verifier)(keys, draft, scores.log_probs)
+
+    num_emitted, new_status = _truncate(request, state, verdict, num_finite)
+    num_emitted = jnp.where(is_active, num_emitted, 0)
+    outcome = Outcome(
+        draft=draft,
+        verdict=verdict,
+        start=start,
+        num_emitted=num_emitted,
+        num_accepted=jnp.minimum(verdict.num_accepted, num_emitted),
+        is_active=is_active,
+        target_log_probs=scores.log_probs,
+        hidden=output.hidden,
+    )
+    if engine.drafter is not None:
+        drafter_state = engine.drafter.commit(drafter_state, outcome)
+    tokens, log_probs = _write(request, state, verdict, num_emitted, scores.report)
+    return State(
+        lengths=state.lengths + num_emitted,
+        status=jnp.where(is_active, new_status, state.status),
+        num_rounds=state.num_rounds + is_active.astype(jnp.int32),
+        history=sampling.update_history(state.history, verdict.tokens, num_emitted),
+        policy=engine.policy.update(state.policy, outcome),
+        log_probs=log_probs,
+        stats=stats.update(state.stats, outcome),
+        tokens=tokens,
+        cache=cache,
+        drafter=drafter_state,
+    )
+
+
+def _propose(
+    engine: Engine, request: Request, state: State, is_active: Array
+) -> tuple[Draft, Any]:
+    """The round's drafts; none without a drafter."""
+    batch, num_slots = is_active.shape[0], engine.num_draft_tokens
+    if engine.drafter is None:
+        return Draft(jnp.zeros((batch, 0), jnp.int32), None, jnp.zeros((batch,), jnp.int32)), None
+    # The round emits one token beside the drafts: more than the remainder is never drafted.
+    most = jnp.minimum(request.max_lengths - state.lengths - 1, num_slots)
+    num_draft = jnp.clip(engine.policy.num_draft(state.policy), 0, most)
+    num_draft = jnp.where(is_active, num_draft, 0)
+    context = Context(state.tokens, state.lengths, request.options, state.history)
+    draft, drafter_state = engine.drafter.propose(
+        _keys(request.keys, state.num_rounds, _PROPOSE, num_slots),
+        state.drafter,
+        context,
+        num_draft,
+        functools.partial(engine.policy.keep_drafting, state.policy),
+    )
+    # The target is fed valid ids in every slot, so that garbage stays finite.
+    length = jnp.clip(draft.length, 0, num_draft)
+    is_drafted = jnp.arange(num_slots)[None] < length[:, None]
+    return draft._replace(tokens=jnp.where(is_drafted, draft.tokens, 0), length=length), (
+        drafter_state
+    )
+
+
+def _cut_at_nonfinite(draft: Draft, logits: Array) -> tuple[Draft, Array]:
+    """Shortens drafts so that only finite logits judge them.
+
+    Args:
+      draft: with leading axis B.
+      logits: f32[B, K + 1, V].
+
+    Returns:
+      The draft, and i32[B] the offset of the first position with NaN or +inf (or nothing but
+      -inf); K + 1 where there is none.
+    """
+    # The maximum is NaN or +inf if any logit is: no pass over the vocabulary of its own.
+    is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    num_finite = jnp.sum(jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1)
+    return draft._replace(length=jnp.minimum(draft.length, num_finite)), num_finite
+
+
+def _truncate(
+    request: Request, state: State, verdict: Verdict, num_finite: Array
+) -> tuple[Array, Array]:
+    """How many of the verdict's tokens are committed, and the rows' status after them.
+
+    Returns:
+      i32[B], i32[B].
+    """
+    offsets = jnp.arange(verdict.tokens.shape[1])[None]
+    num_emitted = verdict.num_accepted + 1
+    # The token drawn at a position without finite logits does not exist.
+    is_broken = num_emitted > num_finite
+    num_emitted = jnp.minimum(num_emitted, num_finite)
+    new_status = jnp.where(is_broken, status.NONFINITE, status.RUNNING)
+
+    remaining = request.max_lengths - state.lengths
+    reaches_limit = num_emitted >= remaining
+    num_emitted = jnp.minimum(num_emitted, remaining)
+    new_status = jnp.where(reaches_limit, status.LENGTH, new_status)
+
+    is_eos = jnp.any(verdict.tokens[:, :, None] == request.eos_ids[None, None], axis=-1)
+    is_eos = is_eos & (offsets < num_emitted[:, None])
+    has_eos = jnp.any(is_eos, axis=1)
+    num_emitted = jnp.where(has_eos, jnp.argmax(is_eos, axis=1) + 1, num_emitted)
+    new_status = jnp.where(has_eos, status.EOS, new_status)
+    return num_emitted.astype(jnp.int32), new_status.astype(jnp.int32)
+
+
+def _write(
+    request: Request, state: State, verdict: Verdict, num_emitted: Array, report: Array
+) -> tuple[Array, Array]:
+    """Writes the committed tokens and their log-probabilities at each row's own length."""
+    rows = jnp.arange(num_emitted.shape[0])[:, None]
+    offsets = jnp.arange(verdict.tokens.shape[1])[None]
+    is_new = offsets < num_emitted[:, None]
+    emitted = jnp.where(is_new, verdict.tokens, 0)
+    at = state.lengths[:, None] + offsets
+    tokens = state.tokens.at[rows, jnp.where(is_new, at, state.tokens.shape[1])].set(
+        emitted, mode="drop"
+    )
+    new = jnp.take_along_axis(report, emitted[:, :, None], axis=2)[:, :, 0]
+    column = jnp.where(is_new, at - request.prompt_lengths[:, None], state.log_probs.shape[1])
+    return tokens, state.log_probs.at[rows, column].set(new, mode="drop")
+
+
+def _keys(keys: Array, rounds: Array, purpose: int, count: int) -> Array:
+    """key[B, count], by (row, round, purpose, offset)."""
+
+    def of_row(key: Array, number: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, number), purpose)
+        return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
+
+    return jax.vmap(of_row)(keys, rounds)
+
+
+def _apply(
+    target: LanguageModel,
+    tokens: Array,
+    cache: Cache,
+    start: Array,
+    num_new: Array,
+    *,
+    logits_at: Array | None = None,
+    hidden_layers: tuple[int, ...] = (),
+):
+    """Calls the target with what it understands; only `hidden_layers` is a must."""
+    kwargs: dict[str, Any] = {}
+    if target.accepts("num_new"):
+        kwargs["num_new"] = num_new
+    if logits_at is not None and target.accepts("logits_at"):
+        kwargs["logits_at"] = logits_at
+    if hidden_layers:
+        kwargs["hidden_layers"] = hidden_layers
+    return target.apply(target.params, tokens, cache, start=start, **kwargs)

@@ -1,0 +1,9 @@
+"""How much to draft in each round: one policy a file.
+
+Each public name is a factory: `policies.fixed(4)` returns a `jaxspec.types.Policy`.
+"""
+
+from jaxspec.policies.fixed import fixed as fixed
+from jaxspec.policies.heuristic import heuristic as heuristic
+
+__all__ = ["fixed", "heuristic"]

@@ -1,0 +1,65 @@
+"""The same draft length in every round."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.types import Outcome, Signals
+
+Array: TypeAlias = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """See `fixed`. State: i32[B], the length, so that rows are counted."""
+
+    length: Any
+
+    def init(self, batch: int) -> Array:
+        """i32[B]."""
+        return jnp.broadcast_to(jnp.asarray(self.length, jnp.int32), (batch,))
+
+    def num_draft(self, state: Array) -> Array:
+        """i32[B]."""
+        return state
+
+    def keep_drafting(self, state: Array, signals: Signals) -> Array:
+        """Always true, bool[B]."""
+        del signals
+        return jnp.ones_like(state, dtype=bool)
+
+    def update(self, state: Array, outcome: Outcome) -> Array:
+        """Nothing is learnt."""
+        del outcome
+        return state
+
+
+def fixed(length: int | Array) -> Fixed:
+    """Drafts `length` tokens in every round.
+
+    Args:
+      length: i32, a number or [B] for one a row, ≥ 0 (0: plain decoding). The loop clips it to
+        `num_draft_tokens`, and to what a row still may emit.
+
+    Returns:
+      A policy.
+
+    Raises:
+      ValueError: a negative Python number.
+
+    References:
+      Leviathan et al., arXiv 2211.17192 (γ).
+
+    Example:
+      >>> policy = fixed(4)
+      >>> policy.num_draft(policy.init(batch=2)).tolist()
+      [4, 4]
+    """
+    if isinstance(length, int) and length < 0:
+        raise ValueError(f"length must be at least 0, got {length}.")
+    return Fixed(length)

@@ -1,0 +1,55 @@
+"""Greedy verification: the text that argmax decoding would write."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxspec.types import NO_TOKEN, Draft, Verdict
+
+Array: TypeAlias = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """See `greedy`."""
+
+    guarantee: ClassVar[str] = "distribution"
+    needs_greedy_sampling: ClassVar[bool] = True
+
+    def __call__(self, keys: Array, draft: Draft, target_log_probs: Array) -> Verdict:
+        """Judges one row's draft; see `jaxspec.types.Verifier`."""
+        del keys  # nothing is drawn
+        best = jnp.argmax(target_log_probs, axis=-1).astype(jnp.int32)
+        slots = jnp.arange(best.shape[0])
+        matches = (draft.tokens == best[:-1]) & (slots[:-1] < draft.length)
+        num_accepted = jnp.sum(jnp.cumprod(matches.astype(jnp.int32)))
+        # An accepted draft is the argmax, and so is the correction or the bonus.
+        return Verdict(jnp.where(slots <= num_accepted, best, NO_TOKEN), num_accepted)
+
+
+def greedy() -> Greedy:
+    """Accepts a draft while it is the target's argmax; the next argmax follows.
+
+    For temperature 0 only, where it is exact; ties go to the lowest id, as in plain decoding.
+
+    Returns:
+      A verifier: keys key[K + 1] (unused), draft, target_log_probs f32[K + 1, V] -> `Verdict`.
+
+    References:
+      Stern et al., Blockwise Parallel Decoding, arXiv 1811.03115.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxspec import Draft
+      >>> log_probs = jnp.log(jnp.array([[.1, .9], [.8, .2], [.3, .7]]))
+      >>> draft = Draft(jnp.array([1, 1]), None, jnp.int32(2))
+      >>> verdict = greedy()(jax.random.split(jax.random.key(0), 3), draft, log_probs)
+      >>> verdict.tokens.tolist(), int(verdict.num_accepted)
+      ([1, 0, -1], 1)
+    """
+    return Greedy()

@@ -1,0 +1,298 @@
+"""Shared Flax NNX layers: linear, norm, rotary positions, attention over an in-place KV cache.
+
+Two rules hold throughout, both measured (see `benchmarks/README.md`):
+
+- **Arithmetic does not depend on the width or the batch.** On the CPU a product of one row takes
+  another code path than a product of several, with other roundings. So rows of products and
+  queries of attention are padded to a fixed minimum, and a text's logits are bit-equal at any
+  width.
+- **The cache is never copied.** It is written by `dynamic_update_slice` and read in blocks up to
+  the live length; bfloat16 is kept as its bits in uint16, because the CPU backend rewrites a
+  whole bfloat16 buffer (convert, update, convert back) for an update of one slot.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+Array: TypeAlias = jax.Array
+
+MIN_PRODUCT_ROWS = 4
+MIN_QUERY_ROWS = 8
+KV_BLOCK = 128
+"""Slots that attention reads at a time on the CPU."""
+
+
+def _pad_axis(x: Array, axis: int, size: int) -> Array:
+    """Pads `axis` with zeros up to `size`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def product(x: Array, weight: Array) -> Array:
+    """`x @ weight.T` with float32 accumulation, at least `MIN_PRODUCT_ROWS` rows at a time.
+
+    Args:
+      x: float[..., I]; cast to the weight's dtype.
+      weight: [O, I], the layout of checkpoints and the fast one on the CPU.
+
+    Returns:
+      f32[..., O].
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
+    count = rows.shape[0]
+    if count < MIN_PRODUCT_ROWS:
+        rows = _pad_axis(rows, 0, MIN_PRODUCT_ROWS)
+    y = lax.dot_general(
+        rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return y[:count].reshape(*x.shape[:-1], weight.shape[0])
+
+
+class Linear(nnx.Module):
+    """`y = x W^T + b`; W is [out, in], y is float32."""
+
+    def __init__(self, num_in: int, num_out: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
+        scale = num_in**-0.5
+        self.weight = nnx.Param(
+            scale * jax.random.normal(rngs.params(), (num_out, num_in), jnp.dtype(dtype))
+        )
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((num_out,), jnp.float32))
+        self.has_bias = bias
+
+    def __call__(self, x: Array) -> Array:
+        """f32[..., in] -> f32[..., out]."""
+        y = product(x, self.weight[...])
+        return y + self.bias[...] if self.has_bias else y
+
+
+class Embedding(nnx.Module):
+    """A table of token vectors, also usable as the vocabulary head (tied weights)."""
+
+    def __init__(self, num_embeddings: int, width: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.weight = nnx.Param(
+            jax.random.normal(rngs.params(), (num_embeddings, width), jnp.dtype(dtype))
+        )
+
+    def __call__(self, tokens: Array) -> Array:
+        """i32[...] -> f32[..., D]."""
+        # Gathered as bits: the CPU backend would otherwise hoist the cast to float32 out of the
+        # loop, as a float32 copy of the whole table.
+        table = self.weight[...]
+        return from_bits(to_bits(table)[tokens], table.dtype).astype(jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x²) + ε) · w` in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, *, epsilon: float, rngs: nnx.Rngs):
+        del rngs
+        self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        """f32[..., D] -> f32[..., D]."""
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * lax.rsqrt(mean_square + self.epsilon) * self.weight[...]
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Applies rotary positions (arXiv 2104.09864), halves convention of HF.
+
+    Args:
+      x: f32[B, T, H, D].
+      cos: f32[B, T, D // 2].
+      sin: f32[B, T, D // 2].
+
+    Returns:
+      f32[B, T, H, D].
+    """
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# The cache.
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, written in place.
+
+    Attributes:
+      keys: one [B, KV, S, D] a layer, float32 or the bits of bfloat16 in uint16.
+      values: likewise.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+
+def to_bits(x: Array) -> Array:
+    """The storage form of an array: 16-bit floats as uint16, float32 as it is."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_bits(x: Array, dtype: Any) -> Array:
+    """The inverse of `to_bits`."""
+    return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+
+
+def init_cache(
+    batch: int, capacity: int, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any
+) -> KVCache:
+    """Makes an empty cache of at least `capacity` slots, all zero, a whole number of blocks."""
+    slots = -(-capacity // KV_BLOCK) * KV_BLOCK
+    shape = (batch, num_kv_heads, slots, head_dim)
+    stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32
+    buffers = [jnp.zeros(shape, stored) for _ in range(2 * num_layers)]
+    return KVCache(tuple(buffers[:num_layers]), tuple(buffers[num_layers:]))
+
+
+def write_slots(buffer: Array, new: Array, start: Array) -> Array:
+    """Writes new keys or values at each row's own slots, in place.
+
+    Args:
+      buffer: [B, KV, S, D].
+      new: [B, T, KV, D] of the buffer's dtype.
+      start: i32[B]; row b's token i goes to slot start[b] + i. The caller keeps
+        start + T ≤ S: `dynamic_update_slice` would clamp silently.
+
+    Returns:
+      The updated buffer.
+    """
+    new = new.swapaxes(1, 2)
+
+    def write_row(row: Array, new_row: Array, slot: Array) -> Array:
+        return lax.dynamic_update_slice(row, new_row, (0, slot, 0))
+
+    if buffer.shape[0] == 1:  # a vmapped update is a scatter; one row needs none
+        return write_row(buffer[0], new[0], start[0])[None]
+    return jax.vmap(write_row)(buffer, new, start)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention.
+
+
+class Visibility(NamedTuple):
+    """Which cache slots each new token sees.
+
+    Attributes:
+      prefix: i32[B]; every slot below it is visible.
+      mask: bool[B, T, W] for the slots prefix … prefix + W, or None: causal from `start`.
+      start: i32[B], the slot of the first new token.
+      live: i32[], slots at or beyond it need not be read for any row.
+    """
+
+    prefix: Array
+    mask: Array | None
+    start: Array
+    live: Array
+
+    def at(self, slots: Array, width: int) -> Array:
+        """Whether token t of row b sees each of `slots` i32[S]: bool[B, T = width, S]."""
+        if self.mask is None:
+            last = self.start[:, None] + jnp.arange(width)
+            return slots[None, None] <= last[:, :, None]
+        offset = slots[None] - self.prefix[:, None]  # [B, S]
+        inside = (offset >= 0) & (offset < self.mask.shape[-1])
+        index = jnp.where(inside, offset, 0)
+        allowed = jnp.take_along_axis(
+            self.mask, jnp.broadcast_to(index[:, None], (*self.mask.shape[:2], slots.size)), axis=2
+        )
+        return (offset < 0)[:, None] | (inside[:, None] & allowed)
+
+
+def attention(
+    q: Array, keys: Array, values: Array, visibility: Visibility, *, dtype: Any
+) -> Array:
+    """Grouped-query attention of new tokens over the cache, in float32.
+
+    Args:
+      q: f32[B, T, H, D], rotated.
+      keys: [B, KV, S, D] as stored.
+      values: [B, KV, S, D] as stored.
+      visibility: which slots each token sees.
+      dtype: what the cache's bits mean.
+
+    Returns:
+      f32[B, T, H · D].
+    """
+    batch, width, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    groups = heads // kv_heads
+    q = (q * dim**-0.5).reshape(batch, width, kv_heads, groups, dim)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * width, dim)
+    num_queries = -(-groups * width // MIN_QUERY_ROWS) * MIN_QUERY_ROWS
+    q = _pad_axis(q, 2, num_queries)
+
+    def see(slots: Array) -> Array:  # bool[B, 1, queries, slots]
+        visible = jnp.tile(visibility.at(slots, width), (1, groups, 1))
+        return _pad_axis(visible, 1, num_queries)[:, None]
+
+    out = lax.platform_dependent(
+        q,
+        keys,
+        values,
+        visibility.live,
+        cpu=functools.partial(_blocked_attention, see=see, dtype=dtype),
+        default=functools.partial(_dense_attention, see=see, dtype=dtype),
+    )
+    out = out[:, :, : groups * width].reshape(batch, kv_heads, groups, width, dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * dim)
+
+
+def _dense_attention(q, keys, values, live, *, see, dtype):
+    """Over the whole capacity: for accelerators, where a loop of dynamic length is dear."""
+    del live
+    keys = from_bits(keys, dtype).astype(jnp.float32)
+    values = from_bits(values, dtype).astype(jnp.float32)
+    scores = jnp.einsum("bhqd,bhsd->bhqs", q, keys)
+    visible = see(jnp.arange(keys.shape[2]))
+    scores = jnp.where(visible, scores, -jnp.inf)
+    # A padding query sees nothing: keep it finite.
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+    return jnp.einsum("bhqs,bhsd->bhqd", weights / total, values)
+
+
+def _blocked_attention(q, keys, values, live, *, see, dtype):
+    """Online softmax over the live blocks (arXiv 1805.02867): the cost follows the length.
+
+    A block that a row does not see adds exact zeros to it, so a row's result does not depend on
+    how many blocks its neighbours need.
+    """
+    batch, kv_heads, _, dim = keys.shape
+
+    def read(buffer: Array, first: Array) -> Array:
+        block = lax.dynamic_slice(buffer, (0, 0, first, 0), (batch, kv_heads, KV_BLOCK, dim))
+        return from_bits(block, dtype).astype(jnp.float32)
+
+    def add_block(index, carry):
+        top, total, out = carry
+        first = index * KV_BLOCK
+        visible = see(first + jnp.arange(KV_BLOCK))
+        scores = jnp.einsum("bhqd,bhsd->bhqs", q, read(keys, first))
+        scores = jnp.where(visible, scores, -1e30)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        decay = jnp.exp(top - new_top)
+        weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+        total = total * decay + jnp.sum(weights, axis=-1)
+        new_out = jnp.einsum("bhqs,bhsd->bhqd", weights, read(values, first))
+        return new_top, total, out * decay[..., None] + new_out
+
+    empty = jnp.full(q.shape[:3], -1e30, jnp.float32)
+    carry = (empty, jnp.zeros_like(empty), jnp.zeros_like(q))
+    num_blocks = (live + KV_BLOCK - 1) // KV_BLOCK
+    _, total, out = lax.fori_loop(0, num_blocks, add_block, carry)
+    return out / jnp.maximum(total, 1e-30)[..., None]
