@@ -122,9 +122,7 @@ def cache_capacity(max_prompt: int, max_new_tokens: int, num_draft_tokens: int) 
     drafter up to one slot more.
     """
     whole_chunks = -(-max_prompt // prefill_width(max_prompt)) * prefill_width(max_prompt)
-    return max(
-        whole_chunks, token_buffer_length(max_prompt, max_new_tokens, num_draft_tokens) + 1
-    )
+    return max(whole_chunks, token_buffer_length(max_prompt, max_new_tokens, num_draft_tokens) + 1)
 
 
 def prefill_width(max_prompt: int) -> int:
@@ -282,9 +280,7 @@ def one_round(engine: Engine, request: Request, state: State) -> State:
     )
 
 
-def _propose(
-    engine: Engine, request: Request, state: State, is_active: Array
-) -> tuple[Draft, Any]:
+def _propose(engine: Engine, request: Request, state: State, is_active: Array) -> tuple[Draft, Any]:
     """The round's drafts; none without a drafter."""
     batch, num_slots = is_active.shape[0], engine.num_draft_tokens
     if engine.drafter is None:

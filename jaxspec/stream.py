@@ -56,9 +56,7 @@ def stream(
 
 def _stream(prepared: arguments.Prepared):
     engine, request = prepared.engine, prepared.request
-    state = prefill(
-        engine, request, prepared.prompts, max_new_tokens=prepared.max_new_tokens
-    )
+    state = prefill(engine, request, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
     lengths = np.asarray(state.lengths)
     while np.any(np.asarray(state.status) == status.RUNNING):
         state = run(engine, request, state, 1)

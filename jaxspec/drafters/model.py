@@ -167,9 +167,7 @@ class ModelDrafter:
         # The pending token at `start` and the accepted drafts behind it are right.
         standing = outcome.start + 1 + outcome.num_accepted
         num_cached = jnp.minimum(state.num_cached, standing)
-        return state._replace(
-            num_cached=jnp.where(outcome.is_active, num_cached, state.num_cached)
-        )
+        return state._replace(num_cached=jnp.where(outcome.is_active, num_cached, state.num_cached))
 
     def _apply(self, tokens, cache, start, num_new, logits_at):
         """Logits f32[B, M, V] at `logits_at` i32[B, M], whatever the model can do by itself."""

@@ -2,10 +2,10 @@
 
 Two rules hold throughout, both measured (see `benchmarks/README.md`):
 
-- **Arithmetic does not depend on the width or the batch.** On the CPU a product of one row takes
-  another code path than a product of several, with other roundings. So rows of products and
-  queries of attention are padded to a fixed minimum, and a text's logits are bit-equal at any
-  width.
+- **Arithmetic does not depend on the width or the batch.** On the CPU products, norms and other
+  reductions over fewer than eight rows take other code paths, with other roundings. So a model
+  pads its new tokens to `MIN_ROWS` rows where it begins (`padded_width`), and a text's logits
+  are bit-equal at any width.
 - **The cache is never copied.** It is written by `dynamic_update_slice` and read in blocks up to
   the live length; bfloat16 is kept as its bits in uint16, because the CPU backend rewrites a
   whole bfloat16 buffer (convert, update, convert back) for an update of one slot.
@@ -13,6 +13,7 @@ Two rules hold throughout, both measured (see `benchmarks/README.md`):
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,13 +24,23 @@ from jax import lax
 
 Array: TypeAlias = jax.Array
 
-MIN_PRODUCT_ROWS = 4
-MIN_QUERY_ROWS = 8
+MIN_ROWS = 8
+"""Rows that arithmetic is padded to; also two or more rows cost what one costs."""
 KV_BLOCK = 128
 """Slots that attention reads at a time on the CPU."""
 
 
-def _pad_axis(x: Array, axis: int, size: int) -> Array:
+def padded_width(batch: int, width: int) -> int:
+    """The tokens a row is padded to, so that a batch has at least `MIN_ROWS` rows.
+
+    Example:
+      >>> padded_width(batch=1, width=5), padded_width(batch=4, width=1)
+      (8, 2)
+    """
+    return max(width, -(-MIN_ROWS // batch))
+
+
+def pad_axis(x: Array, axis: int, size: int) -> Array:
     """Pads `axis` with zeros up to `size`."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
@@ -37,7 +48,7 @@ def _pad_axis(x: Array, axis: int, size: int) -> Array:
 
 
 def product(x: Array, weight: Array) -> Array:
-    """`x @ weight.T` with float32 accumulation, at least `MIN_PRODUCT_ROWS` rows at a time.
+    """`x @ weight.T` with float32 accumulation, at least `MIN_ROWS` rows at a time.
 
     Args:
       x: float[..., I]; cast to the weight's dtype.
@@ -48,12 +59,15 @@ def product(x: Array, weight: Array) -> Array:
     """
     rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
     count = rows.shape[0]
-    if count < MIN_PRODUCT_ROWS:
-        rows = _pad_axis(rows, 0, MIN_PRODUCT_ROWS)
-    y = lax.dot_general(
-        rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    if count < MIN_ROWS:
+        rows = pad_axis(rows, 0, MIN_ROWS)
+    y = lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return y[:count].reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _like(vector: Array, x: Array) -> Array:
+    """f32[D] with leading axes, to meet x [..., D] under strict rank promotion."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 class Linear(nnx.Module):
@@ -71,7 +85,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """f32[..., in] -> f32[..., out]."""
         y = product(x, self.weight[...])
-        return y + self.bias[...] if self.has_bias else y
+        return y + _like(self.bias[...], y) if self.has_bias else y
 
 
 class Embedding(nnx.Module):
@@ -101,7 +115,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """f32[..., D] -> f32[..., D]."""
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * lax.rsqrt(mean_square + self.epsilon) * self.weight[...]
+        return x * lax.rsqrt(mean_square + self.epsilon) * _like(self.weight[...], x)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -183,7 +197,9 @@ def write_slots(buffer: Array, new: Array, start: Array) -> Array:
 # Attention.
 
 
-class Visibility(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visibility:
     """Which cache slots each new token sees.
 
     Attributes:
@@ -191,17 +207,19 @@ class Visibility(NamedTuple):
       mask: bool[B, T, W] for the slots prefix … prefix + W, or None: causal from `start`.
       start: i32[B], the slot of the first new token.
       live: i32[], slots at or beyond it need not be read for any row.
+      width: T; rows beyond it are padding, whose keys and values are not stored (static).
     """
 
     prefix: Array
     mask: Array | None
     start: Array
     live: Array
+    width: int = dataclasses.field(metadata={"static": True})
 
-    def at(self, slots: Array, width: int) -> Array:
-        """Whether token t of row b sees each of `slots` i32[S]: bool[B, T = width, S]."""
+    def at(self, slots: Array, num_rows: int) -> Array:
+        """Whether token t of row b sees each of `slots` i32[S]: bool[B, num_rows, S]."""
         if self.mask is None:
-            last = self.start[:, None] + jnp.arange(width)
+            last = self.start[:, None] + jnp.arange(num_rows)[None]
             return slots[None, None] <= last[:, :, None]
         offset = slots[None] - self.prefix[:, None]  # [B, S]
         inside = (offset >= 0) & (offset < self.mask.shape[-1])
@@ -212,9 +230,7 @@ class Visibility(NamedTuple):
         return (offset < 0)[:, None] | (inside[:, None] & allowed)
 
 
-def attention(
-    q: Array, keys: Array, values: Array, visibility: Visibility, *, dtype: Any
-) -> Array:
+def attention(q: Array, keys: Array, values: Array, visibility: Visibility, *, dtype: Any) -> Array:
     """Grouped-query attention of new tokens over the cache, in float32.
 
     Args:
@@ -232,12 +248,12 @@ def attention(
     groups = heads // kv_heads
     q = (q * dim**-0.5).reshape(batch, width, kv_heads, groups, dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * width, dim)
-    num_queries = -(-groups * width // MIN_QUERY_ROWS) * MIN_QUERY_ROWS
-    q = _pad_axis(q, 2, num_queries)
+    num_queries = -(-groups * width // MIN_ROWS) * MIN_ROWS
+    q = pad_axis(q, 2, num_queries)
 
     def see(slots: Array) -> Array:  # bool[B, 1, queries, slots]
         visible = jnp.tile(visibility.at(slots, width), (1, groups, 1))
-        return _pad_axis(visible, 1, num_queries)[:, None]
+        return pad_axis(visible, 1, num_queries)[:, None]
 
     out = lax.platform_dependent(
         q,

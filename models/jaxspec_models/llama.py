@@ -106,6 +106,8 @@ class LlamaConfig:
             )
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act {activation!r} is not supported; Llama uses 'silu'.")
+        if config.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("partial_rotary_factor is not supported; Llama rotates whole heads.")
         heads = config["num_attention_heads"]
         # transformers 5 writes `rope_parameters`; 4 writes `rope_theta` and `rope_scaling`.
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
@@ -119,7 +121,12 @@ class LlamaConfig:
             factor=float(rope.get("factor", 1.0)),
             low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
             high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-            original_max_position=int(rope.get("original_max_position_embeddings", 8192)),
+            original_max_position=int(
+                rope.get(
+                    "original_max_position_embeddings",
+                    config.get("max_position_embeddings", 2048),
+                )
+            ),
         )
         eos = config.get("eos_token_id")
         return cls(
@@ -179,14 +186,15 @@ class Attention(nnx.Module):
     def __call__(self, x, keys, values, cos, sin, visibility):
         """f32[B, T, D] -> f32[B, T, D], and the two updated buffers of the cache."""
         config = self.config
-        batch, width, _ = x.shape
+        batch, num_rows, _ = x.shape
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = self.qkv(x).reshape(batch, width, heads + 2 * kv_heads, config.head_dim)
+        qkv = self.qkv(x).reshape(batch, num_rows, heads + 2 * kv_heads, config.head_dim)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
         dtype = jnp.dtype(config.dtype)
-        keys = layers.write_slots(keys, layers.to_bits(k.astype(dtype)), visibility.start)
-        values = layers.write_slots(values, layers.to_bits(v.astype(dtype)), visibility.start)
+        k, v = (layers.to_bits(new[:, : visibility.width].astype(dtype)) for new in (k, v))
+        keys = layers.write_slots(keys, k, visibility.start)
+        values = layers.write_slots(values, v, visibility.start)
         mixed = layers.attention(q, keys, values, visibility, dtype=dtype)
         return self.out(mixed), keys, values
 
@@ -219,9 +227,7 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x, keys, values, cos, sin, visibility):
         """f32[B, T, D] -> f32[B, T, D], and the two updated buffers of the cache."""
-        mixed, keys, values = self.attention(
-            self.input_norm(x), keys, values, cos, sin, visibility
-        )
+        mixed, keys, values = self.attention(self.input_norm(x), keys, values, cos, sin, visibility)
         x = x + mixed
         return x + self.mlp(self.post_attention_norm(x)), keys, values
 
@@ -275,14 +281,23 @@ class Llama(nnx.Module):
         config = self.config
         batch, width = tokens.shape
         if positions is None:
-            positions = start[:, None] + jnp.arange(width)
+            positions = start[:, None] + jnp.arange(width)[None]
         fed = start + width if num_new is None else jnp.where(num_new > 0, start + num_new, 0)
+        num_rows = layers.padded_width(batch, width)
         if mask is not None:
+            mask = mask if mask.ndim == 3 else mask[None]
             mask = jnp.broadcast_to(mask, (batch, width, mask.shape[-1]))
+            mask = layers.pad_axis(mask, 1, num_rows)
         visibility = layers.Visibility(
-            prefix=start if prefix is None else prefix, mask=mask, start=start, live=jnp.max(fed)
+            prefix=start if prefix is None else prefix,
+            mask=mask,
+            start=start,
+            live=jnp.max(fed),
+            width=width,
         )
-        angles = positions[:, :, None].astype(jnp.float32) * inverse_frequencies(config)
+        tokens = layers.pad_axis(tokens, 1, num_rows)
+        angles = layers.pad_axis(positions, 1, num_rows)[:, :, None].astype(jnp.float32)
+        angles = angles * inverse_frequencies(config)[None, None]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
 
         x = self.embed(tokens)
@@ -306,7 +321,9 @@ class Llama(nnx.Module):
                 x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
             head = self.embed if config.tie_word_embeddings else self.head
             logits = layers.product(x, head.weight[...])
-        return jaxspec.ModelOutput(logits, tuple(hidden[i] for i in hidden_layers)), cache
+            logits = logits[:, :width] if logits_at is None else logits
+        kept = tuple(hidden[i][:, :width] for i in hidden_layers)
+        return jaxspec.ModelOutput(logits, kept), cache
 
 
 @functools.lru_cache(maxsize=32)
@@ -426,8 +443,11 @@ def checkpoint_table(config: LlamaConfig) -> dict[str, Target]:
     dim, ffn = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     q_rows, kv_rows = heads * config.head_dim, kv_heads * config.head_dim
-    table = {"model.embed_tokens.weight": Target(
-        ("embed", "weight"), 0, (config.vocab_size, dim), "token_embd.weight")}
+    table = {
+        "model.embed_tokens.weight": Target(
+            ("embed", "weight"), 0, (config.vocab_size, dim), "token_embd.weight"
+        )
+    }
 
     def add(key, path, row, rows, columns, gguf_key, *, bias, gguf_heads=0):
         table[f"{key}.weight"] = Target(
@@ -442,10 +462,18 @@ def checkpoint_table(config: LlamaConfig) -> dict[str, Target]:
         key, path, gguf = f"model.layers.{i}", ("layers", i), f"blk.{i}"
         attention = functools.partial(add, bias=config.attention_bias)
         qkv, out = (*path, "attention", "qkv"), (*path, "attention", "out")
-        attention(f"{key}.self_attn.q_proj", qkv, 0, q_rows, dim, f"{gguf}.attn_q",
-                  gguf_heads=heads)
-        attention(f"{key}.self_attn.k_proj", qkv, q_rows, kv_rows, dim, f"{gguf}.attn_k",
-                  gguf_heads=kv_heads)
+        attention(
+            f"{key}.self_attn.q_proj", qkv, 0, q_rows, dim, f"{gguf}.attn_q", gguf_heads=heads
+        )
+        attention(
+            f"{key}.self_attn.k_proj",
+            qkv,
+            q_rows,
+            kv_rows,
+            dim,
+            f"{gguf}.attn_k",
+            gguf_heads=kv_heads,
+        )
         attention(f"{key}.self_attn.v_proj", qkv, q_rows + kv_rows, kv_rows, dim, f"{gguf}.attn_v")
         attention(f"{key}.self_attn.o_proj", out, 0, dim, q_rows, f"{gguf}.attn_output")
         mlp = functools.partial(add, bias=config.mlp_bias)
@@ -453,11 +481,14 @@ def checkpoint_table(config: LlamaConfig) -> dict[str, Target]:
         mlp(f"{key}.mlp.up_proj", (*path, "mlp", "gate_up"), ffn, ffn, dim, f"{gguf}.ffn_up")
         mlp(f"{key}.mlp.down_proj", (*path, "mlp", "down"), 0, dim, ffn, f"{gguf}.ffn_down")
         table[f"{key}.input_layernorm.weight"] = Target(
-            (*path, "input_norm", "weight"), 0, (dim,), f"{gguf}.attn_norm.weight")
+            (*path, "input_norm", "weight"), 0, (dim,), f"{gguf}.attn_norm.weight"
+        )
         table[f"{key}.post_attention_layernorm.weight"] = Target(
-            (*path, "post_attention_norm", "weight"), 0, (dim,), f"{gguf}.ffn_norm.weight")
+            (*path, "post_attention_norm", "weight"), 0, (dim,), f"{gguf}.ffn_norm.weight"
+        )
     table["model.norm.weight"] = Target(("norm", "weight"), 0, (dim,), "output_norm.weight")
     if not config.tie_word_embeddings:
         table["lm_head.weight"] = Target(
-            ("head", "weight"), 0, (config.vocab_size, dim), "output.weight")
+            ("head", "weight"), 0, (config.vocab_size, dim), "output.weight"
+        )
     return table
