@@ -139,10 +139,9 @@ def _engine(
 
 
 def _check_type(name: str, value: Any, protocol: type, home: str) -> None:
-    # A factory that was not called is a class or function: name the slip.
-    if value is None or (isinstance(value, protocol) and not isinstance(value, type)):
-        if not callable(value) or not hasattr(value, "__name__"):
-            return
+    # Functions satisfy a protocol of one call: a factory that was not called has a name.
+    if value is None or (isinstance(value, protocol) and not hasattr(value, "__name__")):
+        return
     raise ValueError(
         f"{name} must come from {home} (called: {home}.name()) or follow "
         f"jaxspec.types.{protocol.__name__}; got {value!r}."

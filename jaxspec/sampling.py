@@ -251,7 +251,7 @@ def process(
 
 
 def _point_mass(logits: Array) -> Array:
-    """log 1 at the (first) largest logit, log 0 elsewhere: f32[V]."""
+    """Log 1 at the (first) largest logit, log 0 elsewhere: f32[V]."""
     return jnp.where(jnp.arange(logits.shape[0]) == jnp.argmax(logits), 0.0, -jnp.inf)
 
 

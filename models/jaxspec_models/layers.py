@@ -98,10 +98,10 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Array) -> Array:
         """i32[...] -> f32[..., D]."""
-        # Gathered as bits: the CPU backend would otherwise hoist the cast to float32 out of the
-        # loop, as a float32 copy of the whole table.
-        table = self.weight[...]
-        return from_bits(to_bits(table)[tokens], table.dtype).astype(jnp.float32)
+        # The barrier ties the table to the tokens: the CPU backend would otherwise cast all of it
+        # and hoist that out of the decoding loop, as a float32 copy of the table.
+        table, tokens = lax.optimization_barrier((self.weight[...], tokens))
+        return table[tokens].astype(jnp.float32)
 
 
 class RMSNorm(nnx.Module):
