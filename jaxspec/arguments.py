@@ -135,7 +135,8 @@ def _engine(
     if verifier is None:
         verifier = verifiers.greedy() if options.is_greedy else verifiers.rejection()
     policy = policies.fixed(num_draft_tokens) if policy is None else policy
-    return loop.Engine(target, drafter, verifier, policy, num_draft_tokens)
+    kinds = (type(drafter), type(verifier), type(policy))
+    return loop.Engine(target, drafter, verifier, policy, num_draft_tokens, kinds)
 
 
 def _check_type(name: str, value: Any, protocol: type, home: str) -> None:

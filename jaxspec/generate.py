@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import arguments, loop
+from jaxspec import arguments, loop, pytree
 from jaxspec.sampling import Sampling
 from jaxspec.stats import Stats
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
@@ -19,8 +18,7 @@ from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
 Array: TypeAlias = jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class Generation:
     """What `generate` returns. A registered pytree.
 
@@ -39,7 +37,7 @@ class Generation:
     log_probs: Array
     status: Array
     stats: Stats
-    guarantee: str = dataclasses.field(metadata={"static": True})
+    guarantee: str = pytree.static()
 
 
 # One program serves `generate` (no limit) and `stream` (one round at a time).

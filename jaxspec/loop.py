@@ -5,7 +5,6 @@ Strategies arrive as values; no concrete drafter, verifier or policy is known he
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import sampling, stats, status
+from jaxspec import pytree, sampling, stats, status
 from jaxspec.types import (
     PREFILL_CHUNK,
     Cache,
@@ -33,8 +32,7 @@ Array: TypeAlias = jax.Array
 _PROPOSE, _VERIFY = 0, 1
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class Engine:
     """What stays the same from call to call; weights are leaves, the rest is static.
 
@@ -44,13 +42,16 @@ class Engine:
       verifier: the acceptance rule.
       policy: how much to draft.
       num_draft_tokens: K, the static maximum of drafts in a round; 0 without a drafter.
+      kinds: the strategies' classes, so that programs of two never mix, however their authors
+        registered them (see `jaxspec.pytree.dataclass`).
     """
 
     target: LanguageModel
     drafter: Drafter | None
     verifier: Verifier
     policy: Policy
-    num_draft_tokens: int = dataclasses.field(metadata={"static": True})
+    num_draft_tokens: int = pytree.static()
+    kinds: tuple[type, ...] = pytree.static()
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ which ends at the exact threshold after at most 32 passes.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxspec import pytree
+
 Array: TypeAlias = jax.Array
 PerRow: TypeAlias = Any  # a Python number, an array [] or [B], or None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class Sampling:
     """How tokens are drawn from the target's logits. A registered pytree.
 
@@ -48,7 +48,7 @@ class Sampling:
       >>> options = resolve(Sampling(top_k=2), batch=1)
       >>> row = jax.tree.map(lambda x: x[0], options)
       >>> scores = process(logits, row, History(None), jnp.zeros(0, jnp.int32), 0)
-      >>> print(jnp.exp(scores.log_probs))
+      >>> print(jnp.exp(scores.log_probs).round(3))
       [0.625 0.375 0.   ]
     """
 
@@ -64,8 +64,7 @@ class Sampling:
         return _is_python_number(self.temperature) and self.temperature == 0
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class Options:
     """`Sampling` resolved: arrays [B], None where statically off. See `resolve`.
 
@@ -83,7 +82,7 @@ class Options:
     top_p: Array | None
     min_p: Array | None
     repetition_penalty: Array | None
-    is_greedy: bool = dataclasses.field(metadata={"static": True})
+    is_greedy: bool = pytree.static()
 
 
 class History(NamedTuple):

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 
+from jaxspec import pytree
+
 Array: TypeAlias = jax.Array
 Params: TypeAlias = Any  # a pytree of arrays
 Cache: TypeAlias = Any  # a pytree of arrays, owned by the model
@@ -49,8 +51,7 @@ class ModelOutput(NamedTuple):
     hidden: tuple[Array, ...] = ()
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class LanguageModel:
     """A language model as pure functions: anything that can be written so is a target or a draft.
 
@@ -106,14 +107,12 @@ class LanguageModel:
     """
 
     params: Params
-    apply: Callable[..., tuple[ModelOutput, Cache]] = dataclasses.field(metadata={"static": True})
-    init_cache: Callable[[int, int, int], Cache] = dataclasses.field(metadata={"static": True})
-    vocab_size: int = dataclasses.field(metadata={"static": True})
-    compact: Callable[[Cache, Array, Array], Cache] | None = dataclasses.field(
-        default=None, metadata={"static": True}
-    )
-    max_length: int | None = dataclasses.field(default=None, metadata={"static": True})
-    eos_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    apply: Callable[..., tuple[ModelOutput, Cache]] = pytree.static()
+    init_cache: Callable[[int, int, int], Cache] = pytree.static()
+    vocab_size: int = pytree.static()
+    compact: Callable[[Cache, Array, Array], Cache] | None = pytree.static(default=None)
+    max_length: int | None = pytree.static(default=None)
+    eos_ids: tuple[int, ...] = pytree.static(default=())
     default_drafter: Any = None
 
     def replace(self, **changes: Any) -> LanguageModel:

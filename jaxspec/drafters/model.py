@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import sampling
+from jaxspec import pytree, sampling
 from jaxspec.types import PREFILL_CHUNK, Cache, Context, Draft, LanguageModel, Outcome, Signals
 
 Array: TypeAlias = jax.Array
@@ -43,8 +42,7 @@ class _Progress(NamedTuple):
     is_open: Array  # bool[B], whether the row drafts on
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class ModelDrafter:
     """See `model`."""
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from jaxspec import pytree
 from jaxspec.types import Context, Draft, Outcome, Signals
 
 Array: TypeAlias = jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class PromptLookup:
     """See `prompt_lookup`. It keeps no state: all it needs is in the context."""
 
-    max_ngram: int = dataclasses.field(metadata={"static": True})
-    min_ngram: int = dataclasses.field(metadata={"static": True})
+    max_ngram: int = pytree.static()
+    min_ngram: int = pytree.static()
 
     hidden_layers: ClassVar[tuple[int, ...]] = ()
 

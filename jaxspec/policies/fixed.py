@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from jaxspec import pytree
 from jaxspec.types import Outcome, Signals
 
 Array: TypeAlias = jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class Fixed:
     """See `fixed`. State: i32[B], the length, so that rows are counted."""
 

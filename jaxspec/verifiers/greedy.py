@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from jaxspec import pytree
 from jaxspec.types import NO_TOKEN, Draft, Verdict
 
 Array: TypeAlias = jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class Greedy:
     """See `greedy`."""
 

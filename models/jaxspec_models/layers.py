@@ -13,7 +13,6 @@ Two rules hold throughout, both measured (see `benchmarks/README.md`):
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+from jaxspec import pytree
 
 Array: TypeAlias = jax.Array
 
@@ -197,8 +198,7 @@ def write_slots(buffer: Array, new: Array, start: Array) -> Array:
 # Attention.
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class Visibility:
     """Which cache slots each new token sees.
 
@@ -214,7 +214,7 @@ class Visibility:
     mask: Array | None
     start: Array
     live: Array
-    width: int = dataclasses.field(metadata={"static": True})
+    width: int = pytree.static()
 
     def at(self, slots: Array, num_rows: int) -> Array:
         """Whether token t of row b sees each of `slots` i32[S]: bool[B, num_rows, S]."""

@@ -1,0 +1,32 @@
+"""Language models for `jaxspec`: checkpoints in, pure JAX functions out.
+
+>>> import jaxspec_models
+>>> sorted(jaxspec_models.__all__)
+['generate_text', 'load', 'load_model', 'load_tokenizer']
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxspec_models.loading import load, load_model, load_tokenizer
+    from jaxspec_models.text import generate_text
+
+__all__ = ["generate_text", "load", "load_model", "load_tokenizer"]
+
+# No module here may have the name of a function: importing it would replace the function.
+_MODULES = {
+    "generate_text": "jaxspec_models.text",
+    "load": "jaxspec_models.loading",
+    "load_model": "jaxspec_models.loading",
+    "load_tokenizer": "jaxspec_models.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use, so that importing the package costs nothing."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
