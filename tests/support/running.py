@@ -30,3 +30,17 @@ def generate_with(module, target, prompts, **kwargs):
     )
     state = run(prepared.engine, prepared.request, state, -1)
     return result(prepared.engine, prepared.request, state, pad_id=prepared.pad_id)
+
+
+def compiled_parts(target, prompts, **kwargs):
+    """The abstract state of a call, and its compiled prefill and loop (nothing is run)."""
+    from jaxspec.generate import prefill, run
+
+    prepared = arguments.prepare(target, prompts, **kwargs)
+    size = {"max_new_tokens": prepared.max_new_tokens}
+    lowered = prefill.lower(prepared.engine, prepared.request, prepared.prompts, **size)
+    state = jax.eval_shape(
+        functools.partial(prefill, **size), prepared.engine, prepared.request, prepared.prompts
+    )
+    loop = run.lower(prepared.engine, prepared.request, state, -1)
+    return state, lowered.compile(), loop.compile()

@@ -1,0 +1,612 @@
+"""The `jaxspec` command: what it prints, where, and how it ends."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxspec_models
+import numpy as np
+import pytest
+import tokenizers
+from jaxspec_models.tokenizer import TextTokenizer
+from safetensors.numpy import save_file
+
+import jaxspec
+from jaxspec.cli import generate as generate_command
+from jaxspec.cli import main, running
+from jaxspec.cli.errors import UserError, told_to_the_user
+from jaxspec.cli.options import parse
+
+BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SMALL = ["--dtype", "float32", "--max-new-tokens", "12"]
+
+
+def byte_tokenizer(num_extra=1):
+    """One token a byte, then `num_extra` special ones."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: i for i, token in enumerate(BYTES)}, [])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|end|>", *(f"<|{i}|>" for i in range(num_extra - 1))])
+    return backend
+
+
+def write_model(directory, *, seed=0, num_extra=1, context=4096, eos=None, chat=True, scale=1.0):
+    """Writes a random Llama of one layer in HF form."""
+    directory.mkdir()
+    backend = byte_tokenizer(num_extra)
+    vocab_size, dim, ffn = backend.get_vocab_size(), 32, 48
+    config = {
+        "model_type": "llama", "vocab_size": vocab_size, "hidden_size": dim,
+        "intermediate_size": ffn, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": context, "eos_token_id": eos,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    layer, norms = "model.layers.0", ("input_layernorm", "post_attention_layernorm")
+    shapes = {
+        "model.embed_tokens": (vocab_size, dim), "model.norm": (dim,),
+        f"{layer}.self_attn.q_proj": (dim, dim), f"{layer}.self_attn.k_proj": (dim // 2, dim),
+        f"{layer}.self_attn.v_proj": (dim // 2, dim), f"{layer}.self_attn.o_proj": (dim, dim),
+        f"{layer}.mlp.gate_proj": (ffn, dim), f"{layer}.mlp.up_proj": (ffn, dim),
+        f"{layer}.mlp.down_proj": (dim, ffn), **{f"{layer}.{norm}": (dim,) for norm in norms},
+    }  # fmt: skip
+    rng = np.random.default_rng(seed)
+    weights = {
+        f"{name}.weight": (scale * rng.normal(size=shape)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(weights, directory / "model.safetensors")
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    if chat:
+        (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory
+
+
+def read_table(params, tokens, cache, *, start):
+    del start
+    return jaxspec.ModelOutput(params[tokens]), cache
+
+
+def no_cache(batch, capacity, max_step):
+    del batch, capacity, max_step
+    return ()
+
+
+def table_model(table):
+    """A bigram model: it compiles fast."""
+    return jaxspec.LanguageModel(table, read_table, no_cache, vocab_size=table.shape[0])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of models by name."""
+    root = tmp_path_factory.mktemp("models")
+    made = {
+        "target": write_model(root / "target"),
+        "draft": write_model(root / "draft", seed=1),
+        "larger-vocabulary": write_model(root / "larger-vocabulary", num_extra=2),
+        "short": write_model(root / "short", context=32, chat=False),
+        "broken": write_model(root / "broken"),
+        "no-tokenizer": write_model(root / "no-tokenizer"),
+        "nan": write_model(root / "nan", scale=np.nan),
+    }
+    (made["broken"] / "model.safetensors").write_bytes(b"no tensors")
+    (made["no-tokenizer"] / "tokenizer.json").unlink()
+    return {name: str(path) for name, path in made.items()}
+
+
+@pytest.fixture
+def ask(models, capsys):
+    """Runs `jaxspec generate`, on the target by default; returns what it printed to stdout."""
+
+    def run(*arguments, model="target", expected_code=0):
+        model = models.get(model, model)
+        code = main(["generate", "--model", model, *SMALL, *arguments])
+        printed = capsys.readouterr()
+        assert code == expected_code, printed.err
+        run.stderr = printed.err
+        return printed.out
+
+    return run
+
+
+def pipe_in(monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def assert_mistake(capsys, arguments, *fragments):
+    """Exit code 2, nothing on stdout, one line on stderr that says what is wrong."""
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("jaxspec: ")
+    assert printed.err.endswith("\n")
+    assert printed.err.count("\n") == 1, printed.err
+    for fragment in fragments:
+        assert fragment in printed.err
+
+
+# ---------------------------------------------------------------------------------------------
+# Help, and mistakes.
+
+
+def test_help_and_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxspec {jaxspec.__version__}\n"
+    assert main([]) == 0
+    without_arguments = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == without_arguments
+    assert "jaxspec demo" in without_arguments
+    assert main(["generate", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in (
+        "--model", "--draft ", "--drafter", "--prompt ", "--prompt-file", "--chat", "--temperature",
+        "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--max-new-tokens",
+        "--num-draft-tokens", "--seed", "--dtype", "--json", "examples:",
+    ):  # fmt: skip
+        assert option in text
+
+
+def test_help_and_mistakes_import_nothing_heavy():
+    code = f"""
+    import sys, types
+    package = types.ModuleType("jaxspec")  # without its __init__: this is about the command
+    package.__path__ = [{str(Path(jaxspec.__file__).parent)!r}]
+    sys.modules["jaxspec"] = package
+    from jaxspec.cli import main
+    assert main(["--help"]) == 0
+    assert main(["generate", "--help"]) == 0
+    assert main(["generate", "--top-p", "7"]) == 2
+    assert not {{"jax", "numpy", "flax", "tokenizers"}} & sys.modules.keys()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--temperature", "-1"], ("--temperature", "at least 0", "-1")),
+        (["--temperature", "nan"], ("--temperature", "a number")),
+        (["--temperature", "hot"], ("--temperature", "'hot'")),
+        (["--top-k", "-3"], ("--top-k", "at least 0")),
+        (["--top-k", "1.5"], ("--top-k", "an integer")),
+        (["--top-p", "0"], ("--top-p", "above 0")),
+        (["--min-p", "1.1"], ("--min-p", "between 0 and 1")),
+        (["--repetition-penalty", "0"], ("--repetition-penalty", "above 0")),
+        (["--max-new-tokens", "0"], ("--max-new-tokens", "at least 1")),
+        (["--num-draft-tokens", "0"], ("--num-draft-tokens", "at least 1")),
+        (["--seed", "-1"], ("--seed", "between 0")),
+        (["--dtype", "int3"], ("--dtype", "bfloat16")),
+        (["--draft", "x", "--drafter", "none"], ("--drafter", "--draft", "not allowed")),
+        (["--prompt-file", "x"], ("--prompt-file", "--prompt", "not allowed")),
+        (["--temprature", "1"], ("--temprature", "--help")),
+        (["--model", "no-such-model"], ("no-such-model", "smollm2-135m")),
+        (["--draft", "no-such-model"], ("no-such-model",)),
+        (["--model", "MODEL:broken"], ("model.safetensors",)),
+        (["--model", "MODEL:no-tokenizer"], ("no tokenizer.json",)),
+        (["--draft", "MODEL:larger-vocabulary"], ("257", "258", "vocabulary")),
+        (["--draft", "MODEL:short", "--max-new-tokens", "40"], ("drafter", "32 tokens")),
+        (["--model", "MODEL:short", "--max-new-tokens", "40"], ("42", "32 tokens", "shorten")),
+        (["--model", "MODEL:short", "--chat"], ("no chat template",)),
+        (["--prompt", ""], ("empty", "--prompt")),
+    ],
+)
+def test_a_mistake_is_one_line(models, capsys, arguments, fragments):
+    arguments = [models.get(a.removeprefix("MODEL:"), a) for a in arguments]
+    prompt = [] if arguments[:2] == ["--prompt", ""] else ["--prompt", "hi"]
+    assert_mistake(
+        capsys, ["generate", "--model", models["target"], *prompt, *arguments], *fragments
+    )
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    assert_mistake(capsys, ["genrate"], "genrate", "generate")
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (None, ("cannot be read", "No such file")),
+        ("directory", ("cannot be read", "directory")),
+        (b"", ("empty",)),
+        (b"\n", ("empty",)),
+        (b"caf\xe9 au lait", ("not UTF-8", "byte 3")),
+    ],
+)
+def test_a_wrong_prompt_file_is_one_line(models, capsys, tmp_path, content, fragments):
+    path = tmp_path / "prompt.txt"
+    if content == "directory":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    arguments = ["generate", "--model", models["target"], "--prompt-file", str(path)]
+    assert_mistake(capsys, arguments, str(path), *fragments)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"), [(b"", "empty"), (b"\xff\xfe", "not UTF-8"), (None, "no prompt")]
+)
+def test_a_wrong_standard_input_is_one_line(models, capsys, monkeypatch, content, fragment):
+    if content is None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("not read: this is a terminal"))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    else:
+        pipe_in(monkeypatch, content)
+    assert_mistake(capsys, ["generate", "--model", models["target"]], fragment)
+
+
+def test_a_prompt_argument_that_is_no_utf8_is_one_line(capsys):
+    argument = os.fsdecode(b"caf\xe9") if sys.getfilesystemencoding() == "utf-8" else "\udce9"
+    assert_mistake(capsys, ["generate", "--prompt", argument], "not UTF-8")
+
+
+def test_only_packages_that_are_missing_are_blamed_on_the_installation():
+    with (
+        pytest.raises(UserError, match=r"flax.*pip install 'jaxspec\[models\]'"),
+        told_to_the_user(),
+    ):
+        raise ModuleNotFoundError("No module named 'flax.nnx'", name="flax.nnx")
+    with pytest.raises(ModuleNotFoundError), told_to_the_user():  # a bug of this project
+        raise ModuleNotFoundError(name="jaxspec.no_such_module")
+    with pytest.raises(TypeError), told_to_the_user():
+        raise TypeError("a bug")
+
+
+# ---------------------------------------------------------------------------------------------
+# Text.
+
+
+def report_of(ask, *arguments, **kwargs):
+    return json.loads(ask("--json", *arguments, **kwargs))
+
+
+def test_json_is_what_generate_returns(models, ask):
+    out = ask("--json", "--prompt", "hello hello")
+    assert out.count("\n") == 1
+    assert ask.stderr == ""
+    report = json.loads(out)
+    assert report["model"] == models["target"]
+    assert report["prompt"] == "hello hello"
+    tokenizer = jaxspec_models.load_tokenizer(models["target"])
+    assert report["prompt_token_ids"] == tokenizer.encode("hello hello")
+    model = jaxspec_models.load_model(models["target"], dtype="float32")
+    expected = (
+        jaxspec.generate(
+            model,
+            [report["prompt_token_ids"]],
+            sampling=jaxspec.Sampling(temperature=0),
+            max_new_tokens=12,
+        )
+        .tokens[0]
+        .tolist()
+    )
+    assert report["token_ids"] == expected
+    assert report["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert report["status"] == "stopped at max_new_tokens"
+    assert report["guarantee"] == "distribution"
+
+    stats = report["stats"]
+    assert set(stats) == {
+        "num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "draft_acceptance_rate",
+        "mean_acceptance_length", "tokens_per_step", "acceptance_histogram",
+    }  # fmt: skip
+    histogram = stats["acceptance_histogram"]
+    assert len(histogram) == 8  # seven drafts at most
+    assert sum(histogram) == stats["num_spec_steps"]
+    assert sum(i * n for i, n in enumerate(histogram)) == stats["num_accepted_draft_tokens"]
+    assert stats["tokens_per_step"] == pytest.approx(12 / stats["num_spec_steps"])
+
+    seconds = report["seconds"]
+    assert set(seconds) == {"load", "compile", "prefill_and_decode"}
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_text_goes_to_stdout_and_a_summary_to_stderr(ask):
+    report = report_of(ask, "--prompt", "hello hello")
+    out = ask("--prompt", "hello hello")
+    assert out == report["text"] + ("" if report["text"].endswith("\n") else "\n")
+    steps = report["stats"]["num_spec_steps"]
+    assert ask.stderr.count("\n") == 1
+    assert "[12 tokens in " in ask.stderr
+    assert f"{steps} forwards, {12 / steps:.2f} tokens a forward; stopped at" in ask.stderr
+
+
+def test_no_drafter_changes_greedy_text(models, ask):
+    plain = report_of(ask, "--prompt", "a goose", "--drafter", "none")
+    assert plain["stats"]["num_draft_tokens"] == 0
+    assert plain["stats"]["num_spec_steps"] == 12
+    itself = report_of(ask, "--prompt", "a goose", "--draft", models["target"])
+    assert itself["token_ids"] == plain["token_ids"]
+    assert itself["stats"]["draft_acceptance_rate"] == 1.0
+    assert itself["stats"]["num_spec_steps"] == 3  # 5 + 5 + 2
+    other = report_of(
+        ask, "--prompt", "a goose", "--draft", models["draft"], "--num-draft-tokens", "2"
+    )
+    assert other["token_ids"] == plain["token_ids"]
+    assert other["stats"]["draft_acceptance_rate"] < 1.0
+    assert len(other["stats"]["acceptance_histogram"]) == 3
+
+
+def test_sampling_options_reach_generate(ask, monkeypatch):
+    model = table_model(2.0 * jax.random.normal(jax.random.key(0), (257, 257)))
+    tokenizer = TextTokenizer(byte_tokenizer())
+    monkeypatch.setattr(jaxspec_models, "load_model", lambda name, dtype: model)
+    monkeypatch.setattr(jaxspec_models, "load_tokenizer", lambda name: tokenizer)
+    options = {
+        "temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3,
+    }  # fmt: skip
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    report = report_of(ask, "--prompt", "a goose", "--seed", "5", *flags)
+    expected = jaxspec.generate(
+        model,
+        [tokenizer.encode("a goose")],
+        sampling=jaxspec.Sampling(**options),
+        drafter=jaxspec.drafters.prompt_lookup(),
+        max_new_tokens=12,
+        num_draft_tokens=7,
+        key=jax.random.key(5),
+    )
+    assert report["token_ids"] == expected.tokens[0].tolist()
+    other = report_of(ask, "--prompt", "a goose", "--seed", "6", *flags)
+    assert other["token_ids"] != report["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], jaxspec.Sampling(temperature=0)),
+        (["--repetition-penalty", "1.2"], jaxspec.Sampling(temperature=0, repetition_penalty=1.2)),
+        (["--top-k", "5"], jaxspec.Sampling(top_k=5)),
+        (["--top-p", "0.9"], jaxspec.Sampling(top_p=0.9)),
+        (["--min-p", "0.1"], jaxspec.Sampling(min_p=0.1)),
+        (["--min-p", "0.1", "--temperature", "2"], jaxspec.Sampling(temperature=2.0, min_p=0.1)),
+        (["--top-k", "5", "--temperature", "0"], jaxspec.Sampling(temperature=0.0, top_k=5)),
+    ],
+)
+def test_the_temperature_follows_the_other_options(flags, expected):
+    assert generate_command.sampling_options(parse(["generate", *flags])) == expected
+
+
+def test_a_prompt_may_come_from_anywhere(ask, monkeypatch, tmp_path):
+    given = report_of(ask, "--prompt", "zwölf Gänse")
+    assert given["prompt"] == "zwölf Gänse"
+    for content in ("zwölf Gänse", "zwölf Gänse\n", "zwölf Gänse\r\n", "\ufeffzwölf Gänse"):
+        path = tmp_path / "prompt.txt"
+        path.write_bytes(content.encode())
+        from_file = report_of(ask, "--prompt-file", str(path))
+        assert from_file["prompt"] == given["prompt"]
+        assert from_file["token_ids"] == given["token_ids"]
+    pipe_in(monkeypatch, "zwölf Gänse\n\n".encode())
+    assert report_of(ask)["prompt"] == "zwölf Gänse\n"  # one newline is dropped, not two
+
+
+def test_chat_goes_through_the_template(models, ask):
+    report = report_of(ask, "--chat", "--prompt", "hi")
+    tokenizer = jaxspec_models.load_tokenizer(models["target"])
+    assert report["prompt_token_ids"] == tokenizer.encode("<user>hi<assistant>")
+    assert report["prompt"] == "hi"
+
+
+def test_a_model_that_computes_nan_is_reported(ask):
+    assert ask("--prompt", "hi", model="nan", expected_code=1) == "\n"
+    assert "[0 tokens" in ask.stderr
+    assert "NaN" in ask.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# Characters.
+
+TEXT = "é🌸Ж!"  # of 2, 4, 2 and 1 bytes, all different, a token each
+
+
+def spelling_model():
+    """Writes the bytes of TEXT one after the other, round and round."""
+    ids = byte_tokenizer().encode(TEXT).ids
+    assert len(set(ids)) == len(ids) == 9
+    following = np.zeros(257, int)
+    following[ids] = np.roll(ids, -1)
+    table = 20.0 * jax.nn.one_hot(jnp.array(following), 257)
+    return table_model(table)
+
+
+def spell(num_draft_tokens, max_new_tokens):
+    """The pieces of text as they come, and what was written."""
+    model, tokenizer = spelling_model(), TextTokenizer(byte_tokenizer())
+    pieces = []
+    written = running.write(
+        model,
+        tokenizer,
+        tokenizer.encode("!"),
+        on_text=pieces.append,
+        drafter=jaxspec.drafters.model(model) if num_draft_tokens else None,
+        num_draft_tokens=num_draft_tokens or 1,
+        sampling=jaxspec.Sampling(temperature=0),
+        max_new_tokens=max_new_tokens,
+    )
+    return pieces, written
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 2, 4])
+def test_no_piece_of_text_holds_half_a_character(num_draft_tokens):
+    pieces, written = spell(num_draft_tokens, max_new_tokens=3 * 9 + 4)  # ends inside the flower
+    assert written.text == "".join(pieces) == 3 * TEXT + "é\ufffd"
+    assert written.text == TextTokenizer(byte_tokenizer()).decode(written.token_ids)
+    # What there is of the last character comes at the end, once nothing more can come.
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
+    assert len(pieces) >= 3  # the text comes as it is written, not at the end
+
+
+def test_a_planted_half_character_is_seen(monkeypatch):
+    """The check above fails for a detokeniser that decodes each round by itself."""
+    from jaxspec_models import tokenizer as tokenizer_module
+
+    class Naive(tokenizer_module.Detokenizer):
+        def push(self, ids):
+            return self._decode(list(ids))
+
+    monkeypatch.setattr(tokenizer_module, "Detokenizer", Naive)
+    pieces, written = spell(2, max_new_tokens=3 * 9)
+    assert len(written.token_ids) == 3 * 9
+    assert "".join(pieces) != 3 * TEXT
+    assert "\ufffd" in "".join(pieces)
+
+
+def test_a_terminal_without_the_character_gets_a_question_mark(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(jaxspec_models, "load_model", lambda name, dtype: spelling_model())
+    tokenizer = TextTokenizer(byte_tokenizer())
+    monkeypatch.setattr(jaxspec_models, "load_tokenizer", lambda name: tokenizer)
+    assert main(["generate", "--prompt", "!", "--max-new-tokens", "9"]) == 0
+    assert stdout.buffer.getvalue() == b"???!\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# The demo.
+
+
+def check_demo(out):
+    """The two columns of the demo's table, by row."""
+    rows = dict(re.findall(r"^(\w[\w ,/]*?)  +([\d.]+ +[\d.]+)$", out, re.MULTILINE))
+    table = {name: [float(x) for x in values.split()] for name, values in rows.items()}
+    assert list(table) == [
+        "tokens", "seconds, prefill included", "tokens/s", "target forwards",
+        "mean acceptance length", "compiling apart, seconds",
+    ]  # fmt: skip
+    assert "same text: yes\n" in out
+    plain_tokens, tokens = table["tokens"]
+    assert plain_tokens == tokens == table["target forwards"][0]
+    assert table["mean acceptance length"][0] == 1.0
+    return table
+
+
+def test_demo_compares_plain_with_speculative(models, capsys, monkeypatch):
+    from jaxspec.cli import demo
+
+    monkeypatch.setattr(demo, "DEFAULT_MODEL", models["target"])
+    assert main(["demo", "--max-new-tokens", "20", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert check_demo(out)["tokens"] == [20, 20]
+    assert "collect the goose" in out
+    model = jaxspec_models.load_model(models["target"], dtype="float32")
+    tokenizer = jaxspec_models.load_tokenizer(models["target"])
+    ids = running.encode(tokenizer, demo.PROMPT, is_chat=True)
+    result = jaxspec.generate(
+        model, [ids], max_new_tokens=20, sampling=jaxspec.Sampling(temperature=0)
+    )
+    expected = tokenizer.decode(result.tokens[0].tolist())
+    squeezed = "".join(out.split())  # the demo indents
+    assert "".join(expected.split()) in squeezed
+
+
+@pytest.mark.real_model
+def test_demo_of_the_real_model(capsys):
+    assert main(["demo"]) == 0
+    table = check_demo(capsys.readouterr().out)
+    assert table["tokens"][1] / table["target forwards"][1] >= 1.5
+    assert table["mean acceptance length"][1] >= 1.5
+
+
+# ---------------------------------------------------------------------------------------------
+# How it ends.
+
+
+def test_an_interruption_is_no_traceback(models, capsys, monkeypatch):
+    def interrupt(*unused):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "load_model", interrupt)
+    assert main(["generate", "--model", models["target"], "--prompt", "hi"]) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device")])
+def test_a_stdout_that_fails_is_no_traceback(models, capsys, monkeypatch, error):
+    class Failing(io.StringIO):
+        def write(self, text):
+            raise error
+
+    monkeypatch.setattr(sys, "stdout", Failing())
+    code = main(["generate", "--model", models["target"], "--prompt", "hi", *SMALL])
+    err = capsys.readouterr().err
+    if isinstance(error, BrokenPipeError):
+        assert (code, err) == (141, "")
+    else:
+        assert (code, err.count("\n")) == (1, 1)
+        assert "No space left on device" in err
+
+
+def start(models):
+    """A process that writes for long enough to be stopped."""
+    arguments = [sys.executable, "-m", "jaxspec.cli", "generate", "--model", models["target"]]
+    return subprocess.Popen(
+        [*arguments, "--prompt", "hi", "--drafter", "none", "--max-new-tokens", "4000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize("end", ["interrupted", "closed pipe"])
+def test_a_process_stops_cleanly(models, end):
+    with start(models) as process:
+        assert process.stdout.read(1)  # streamed: there is text long before the end
+        assert process.poll() is None
+        if end == "interrupted":
+            process.send_signal(signal.SIGINT)
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        code = process.wait(timeout=60)
+    if end == "interrupted":
+        assert (code, err) == (130, "\nInterrupted.\n")
+    else:
+        assert (code, err) == (141, "")
+
+
+def test_a_fresh_process(models):
+    """Without the extra it says what to install; with it, transformers is not imported."""
+    code = f"""
+    import sys
+    from jaxspec.cli import main
+    arguments = ["generate", "--model", {models["target"]!r}, "--prompt", "hi", *{SMALL!r}]
+    sys.modules["tokenizers"] = None  # what Python then says is that it is not there
+    assert main(arguments) == 2
+    del sys.modules["tokenizers"]
+    assert main(arguments) == 0
+    assert "transformers" not in sys.modules
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    missing, summary = done.stderr.splitlines()
+    assert missing == (
+        "jaxspec: tokenizers is not installed; language models need: pip install 'jaxspec[models]'"
+    )
+    assert summary.startswith("[12 tokens in ")
+
+
+def test_read_prompt_prefers_what_is_given(monkeypatch):
+    """Standard input is left alone where there is a prompt: `while read` loops depend on it."""
+    pipe_in(monkeypatch, b"left alone")
+    arguments = generate_command.argparse.Namespace(prompt="given", prompt_file=None)
+    assert generate_command.read_prompt(arguments) == "given"
+    assert sys.stdin.read() == "left alone"
