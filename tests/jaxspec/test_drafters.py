@@ -158,7 +158,7 @@ def outcome_of(draft, lengths, accepted, active):
     )
 
 
-class Session:
+class Rounds:
     """Rounds of a drafter, with the text and its cache kept in Python beside it."""
 
     def __init__(self, module, options, stop_at=None):
@@ -242,15 +242,15 @@ class Session:
 
 
 def play(module, options, stop_at=None):
-    session = Session(module, options, stop_at)
-    session.round([4, 4, 4], [4, 2, 0])  # full acceptance: the cache lags by one
-    session.round([4, 3, 1], [4, 3, 1], seed=1)
+    rounds = Rounds(module, options, stop_at)
+    rounds.round([4, 4, 4], [4, 2, 0])  # full acceptance: the cache lags by one
+    rounds.round([4, 3, 1], [4, 3, 1], seed=1)
     for seed in range(2, 7):  # the middle row is not drafted for: it lags by five and more
-        session.round([2, 0, 4], [1, 0, 2], seed=seed)
-    session.round([0, 0, 0], [0, 0, 0], seed=7)  # nobody drafts: no forward at all
-    session.round([3, 4, 0], [3, 4, 0], seed=8)  # it catches up while the first drafts
-    session.round([3, 0, 4], [1, 0, 2], active=(True, False, True), seed=9)
-    session.round([1, 4, 4], [0, 4, 4], seed=10)
+        rounds.round([2, 0, 4], [1, 0, 2], seed=seed)
+    rounds.round([0, 0, 0], [0, 0, 0], seed=7)  # nobody drafts: no forward at all
+    rounds.round([3, 4, 0], [3, 4, 0], seed=8)  # it catches up while the first drafts
+    rounds.round([3, 0, 4], [1, 0, 2], active=(True, False, True), seed=9)
+    rounds.round([1, 4, 4], [0, 4, 4], seed=10)
 
 
 GREEDY, SAMPLED = jaxspec.Sampling(temperature=0), jaxspec.Sampling()
@@ -326,10 +326,10 @@ def test_model_refuses(bad):
 
 def test_the_laws_of_a_draft_are_normalised():
     """Slots beyond `length` hold no law; those below hold one that sums to one."""
-    session = Session(model_module, SAMPLED)
-    tokens, lengths = session.context()
-    context = Context(tokens, lengths, session.options, sampling.History(None))
-    draft, _ = session.propose(split_keys(ROWS), session.state, context, jnp.array([4, 1, 0]))
+    rounds = Rounds(model_module, SAMPLED)
+    tokens, lengths = rounds.context()
+    context = Context(tokens, lengths, rounds.options, sampling.History(None))
+    draft, _ = rounds.propose(split_keys(ROWS), rounds.state, context, jnp.array([4, 1, 0]))
     assert isinstance(draft, Draft)
     sums = jnp.sum(jnp.exp(draft.log_probs), axis=-1)
     np.testing.assert_allclose(sums, [[1] * 4, [1, 0, 0, 0], [0] * 4], atol=1e-6)

@@ -32,7 +32,7 @@ def test_without_the_extra_row_there_is_no_bonus():
 
 
 def test_the_law_of_the_first_token():
-    """5 σ of a binomial share of 8 000, for three tokens: chance fails it with 1.8e-6."""
+    """5 σ of a binomial share of 8 000, for six shares: chance fails it with 3.5e-6."""
     draws, q, p = 8_000, np.array([0.7, 0.2, 0.1]), np.array([0.2, 0.0, 0.8])
     first, second = jax.random.split(jax.random.key(3))
     tokens = jax.random.categorical(first, jnp.log(jnp.asarray(q, jnp.float32)), shape=(draws, 1))
