@@ -65,6 +65,8 @@ def prepare(
             f"the target must be a jaxspec.LanguageModel, got {type(target).__name__}; "
             "jaxspec_models.load returns one, beside its tokenizer."
         )
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a jaxspec.Sampling, got {type(sampling).__name__}.")
     _check_count("max_new_tokens", max_new_tokens)
     engine = _engine(target, drafter, verifier, policy, sampling, num_draft_tokens)
     tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, target.vocab_size)
@@ -132,11 +134,11 @@ def _engine(
             "verifiers.greedy is exact at temperature 0 only; pass "
             "sampling=Sampling(temperature=0), or leave verifier=None for the right rule."
         )
-    if verifier is None:
-        verifier = verifiers.greedy() if options.is_greedy else verifiers.rejection()
-    policy = policies.fixed(num_draft_tokens) if policy is None else policy
-    kinds = (type(drafter), type(verifier), type(policy))
-    return loop.Engine(target, drafter, verifier, policy, num_draft_tokens, kinds)
+    default = verifiers.greedy() if options.is_greedy else verifiers.rejection()
+    rule: Verifier = default if verifier is None else verifier
+    chosen: Policy = policies.fixed(num_draft_tokens) if policy is None else policy
+    kinds = (type(drafter), type(rule), type(chosen))
+    return loop.Engine(target, drafter, rule, chosen, num_draft_tokens, kinds)
 
 
 def _check_type(name: str, value: Any, protocol: type, home: str) -> None:
@@ -173,7 +175,7 @@ def _prompts(prompts: Any, prompt_lengths: Any, pad_id: int, vocab_size: int) ->
             raise ValueError("prompt_lengths goes with an array of prompts; a list needs none.")
         tokens, lengths = _bucketed(prompts)
     else:
-        tokens, lengths = _array(prompts, prompt_lengths, pad_id)
+        tokens, lengths = _array(prompts, prompt_lengths, pad_id, vocab_size)
     _check_ids(tokens, lengths, vocab_size)
     return tokens, lengths
 
@@ -194,13 +196,13 @@ def _bucketed(prompts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("prompts must hold integers, the tokens' ids.")
     lengths = np.array([row.size for row in rows], np.int32)
     bucket = max(_SMALLEST_BUCKET, 1 << int(lengths.max() - 1).bit_length())
-    tokens = np.zeros((len(rows), bucket), np.int32)
+    tokens = np.zeros((len(rows), bucket), np.int64)  # ids are checked before they are narrowed
     for i, row in enumerate(rows):
         tokens[i, : row.size] = row
     return tokens, lengths
 
 
-def _array(prompts: Any, prompt_lengths: Any, pad_id: int) -> tuple[Any, Any]:
+def _array(prompts: Any, prompt_lengths: Any, pad_id: int, vocab_size: int) -> tuple[Any, Any]:
     if getattr(prompts, "ndim", None) != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
         raise ValueError(
             "prompts must be a list of token-id lists or an integer array [B, L], got "
@@ -216,9 +218,10 @@ def _array(prompts: Any, prompt_lengths: Any, pad_id: int) -> tuple[Any, Any]:
         prompts = np.asarray(prompts)
     if not isinstance(prompt_lengths, jax.core.Tracer):
         prompt_lengths = np.asarray(prompt_lengths)
-        if prompt_lengths.shape != (batch,):
+        if prompt_lengths.shape != (batch,) or not np.issubdtype(prompt_lengths.dtype, np.integer):
             raise ValueError(
-                f"prompt_lengths must have shape ({batch},), got {prompt_lengths.shape}."
+                f"prompt_lengths must be {batch} integers, one a row; got "
+                f"{prompt_lengths.dtype}{prompt_lengths.shape}."
             )
         if np.any(prompt_lengths < 1) or np.any(prompt_lengths > size):
             raise ValueError(
@@ -226,18 +229,21 @@ def _array(prompts: Any, prompt_lengths: Any, pad_id: int) -> tuple[Any, Any]:
                 f"gives a model nothing to start from. Got {prompt_lengths.tolist()}."
             )
         if isinstance(prompts, np.ndarray):
-            _check_padding(prompts, prompt_lengths, pad_id, has_lengths)
+            _check_padding(prompts, prompt_lengths, pad_id, has_lengths, vocab_size)
     return prompts, prompt_lengths
 
 
-def _check_padding(prompts: np.ndarray, lengths: np.ndarray, pad_id: int, has_lengths: bool):
-    """Left-padded rows are refused: a row whose head is padding and whose tail is not."""
+def _check_padding(
+    prompts: np.ndarray, lengths: np.ndarray, pad_id: int, has_lengths: bool, vocab_size: int
+) -> None:
+    """Left-padded rows are refused: a row whose head is padding and whose last token is text."""
     size = prompts.shape[1]
     is_pad = prompts == pad_id
+    ends_in_text = (prompts[:, -1] >= 0) & (prompts[:, -1] < vocab_size) & ~is_pad[:, -1]
     if has_lengths:
         is_left_padded = any(
-            length < size and row[: size - length].all() and not row[length:].all()
-            for row, length in zip(is_pad, lengths, strict=True)
+            length < size and pads[: size - length].all() and is_text
+            for pads, is_text, length in zip(is_pad, ends_in_text, lengths, strict=True)
         )
     else:
         heads = is_pad[:, 0]
@@ -286,10 +292,15 @@ def _eos_ids(target: LanguageModel, eos_ids: Sequence[int] | int | None) -> Arra
         eos_ids = target.eos_ids
     if isinstance(eos_ids, (int, np.integer)):
         eos_ids = (int(eos_ids),)
-    ids = jnp.asarray(eos_ids, jnp.int32)
-    if ids.ndim != 1:
-        raise ValueError(f"eos_ids must be a sequence of token ids, got shape {ids.shape}.")
-    return ids
+    ids: Any = eos_ids
+    if not isinstance(ids, (jax.Array, np.ndarray)):
+        ids = np.asarray(list(ids) or np.zeros(0, np.int32))
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            "eos_ids must be integers, the ids of the tokens that end a text; got "
+            f"{ids.dtype}{ids.shape}."
+        )
+    return jnp.asarray(ids).astype(jnp.int32)
 
 
 def _row_keys(key: Array | None, batch: int, is_greedy: bool) -> Array:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
-_Class = TypeVar("_Class", bound=type)
+_T = TypeVar("_T")
 
 
 def static(**kwargs: Any) -> Any:
@@ -16,7 +16,7 @@ def static(**kwargs: Any) -> Any:
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
-def dataclass(cls: _Class) -> _Class:
+def dataclass(cls: type[_T]) -> type[_T]:
     """Makes a class a frozen dataclass and registers it as a pytree.
 
     Use it for every drafter, verifier and policy, in place of
@@ -41,7 +41,7 @@ def dataclass(cls: _Class) -> _Class:
       [2.0]
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     children = tuple(f.name for f in fields if not f.metadata.get("static"))
     statics = tuple(f.name for f in fields if f.metadata.get("static"))
 
@@ -55,7 +55,7 @@ def dataclass(cls: _Class) -> _Class:
         )
 
     def unflatten(values: Any, leaves: Any) -> Any:
-        node = object.__new__(cls)  # no checks: leaves may be placeholders
+        node: Any = object.__new__(cls)  # no checks: leaves may be placeholders
         for name, value in zip(statics, values, strict=True):
             object.__setattr__(node, name, value)
         for name, leaf in zip(children, leaves, strict=True):

@@ -10,6 +10,7 @@ which ends at the exact threshold after at most 32 passes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -119,7 +120,10 @@ _NEUTRAL = {
 }
 _RANGES = {
     "temperature": (lambda x: x >= 0, "at least 0"),
-    "top_k": (lambda x: x >= 0, "at least 0 (0 switches it off)"),
+    "top_k": (
+        lambda x: (x >= 0) & (x == np.floor(x)) & (x < 2**31),
+        "a whole number of at least 0 (0 switches it off)",
+    ),
     "top_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
     "min_p": (lambda x: (x >= 0) & (x <= 1), "in [0, 1]"),
     "repetition_penalty": (lambda x: x > 0, "above 0"),
@@ -153,7 +157,9 @@ def resolve(sampling: Sampling, batch: int) -> Options:
         if not isinstance(value, jax.core.Tracer):
             in_range, meaning = _RANGES[name]
             concrete = np.asarray(value)
-            if not np.all(np.isfinite(concrete) & in_range(concrete)):
+            if not np.issubdtype(concrete.dtype, np.number) or not np.all(
+                np.isfinite(concrete) & in_range(concrete)
+            ):
                 raise ValueError(f"{name} must be {meaning}, got {value!r}.")
         dtype = jnp.int32 if name == "top_k" else jnp.float32
         array = jnp.asarray(value).astype(dtype)
@@ -231,7 +237,8 @@ def process(
     warped = logits
     if options.temperature is not None:
         is_greedy_row = options.temperature == 0
-        warped = logits / jnp.where(is_greedy_row, 1.0, options.temperature)
+        # From the top down: a tiny temperature overflows to -inf below the top, not to NaN.
+        warped = (logits - _finite_max(logits)) / jnp.where(is_greedy_row, 1.0, options.temperature)
     if options.top_k is not None:
         warped = keep_top_k(warped, options.top_k)
     if options.top_p is not None:
@@ -256,10 +263,14 @@ def _point_mass(logits: Array) -> Array:
 
 def log_softmax(logits: Array) -> Array:
     """f32[V] -> f32[V]; -inf logits stay -inf."""
-    top = jnp.max(logits)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    shifted = logits - top
+    shifted = logits - _finite_max(logits)
     return shifted - jnp.log(jnp.sum(jnp.exp(shifted)))
+
+
+def _finite_max(logits: Array) -> Array:
+    """The largest of f32[V]; 0 where that is not finite."""
+    top = jnp.max(logits)
+    return jnp.where(jnp.isfinite(top), top, 0.0)
 
 
 def _penalize_repetition(logits, penalty, seen, prefix, prefix_length):
@@ -281,7 +292,7 @@ def _ordered_bits(x: Array) -> Array:
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
-def _largest(condition, low: Array, high: Array) -> Array:
+def _largest(condition: Callable[[Array], Array], low: Any, high: Any) -> Array:
     """The largest x in [low, high) with `condition`, monotone from true to false, uint32[].
 
     `condition(low)` must hold.
@@ -319,6 +330,7 @@ def keep_top_p(logits: Array, p: Array) -> Array:
     """
     keys = _ordered_bits(logits)
     probs = jnp.exp(log_softmax(logits))
+    p = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)  # never 0: the likeliest token stays
 
     # The nucleus reaches down to the lowest value with a mass of likelier tokens below p: one
     # above the largest t at which the tokens beyond t still have mass ≥ p.
@@ -378,6 +390,9 @@ def draw(uniforms: Array, weights: Array) -> Array:
 
 def _invert(uniform: Array, weights: Array) -> Array:
     cumulative = jnp.cumsum(weights)
-    # Strictly above: an index of weight zero repeats its predecessor's sum and is never first.
-    # A JAX uniform is at most 1 - 2⁻²³, so that the product stays below the total.
-    return jnp.argmax(cumulative > uniform * cumulative[-1])
+    can_be_drawn = weights > 0
+    # A parallel sum need not be monotone to the last bit: an index of weight zero is excluded by
+    # its weight, and where no index is beyond the mark, the last that can be drawn is taken.
+    is_beyond = (cumulative > uniform * cumulative[-1]) & can_be_drawn
+    last = weights.shape[0] - 1 - jnp.argmax(can_be_drawn[::-1])
+    return jnp.where(jnp.any(is_beyond), jnp.argmax(is_beyond), last)

@@ -15,8 +15,8 @@ Array: TypeAlias = jax.Array
 class Stats(NamedTuple):
     """What speculation did for each row, under vLLM's metric names.
 
-    A draft behind the token at which its row stopped is counted neither as drafted nor as
-    accepted.
+    Where a row stops inside an accepted draft (at EOS or at its limit), the drafts behind that
+    token are counted neither as drafted nor as accepted.
 
     Attributes:
       num_spec_steps: i32[B], target forwards that the row took part in (prefill apart).
@@ -62,8 +62,13 @@ def init(batch: int, num_draft_tokens: int) -> Stats:
       batch: B.
       num_draft_tokens: K, the static maximum of drafts in a round.
     """
-    zeros = [jnp.zeros((batch,), jnp.int32) for _ in range(4)]
-    return Stats(*zeros, jnp.zeros((batch, num_draft_tokens + 1), jnp.int32))
+    return Stats(
+        num_spec_steps=jnp.zeros((batch,), jnp.int32),
+        num_emitted_tokens=jnp.zeros((batch,), jnp.int32),
+        num_draft_tokens=jnp.zeros((batch,), jnp.int32),
+        num_accepted_draft_tokens=jnp.zeros((batch,), jnp.int32),
+        acceptance_histogram=jnp.zeros((batch, num_draft_tokens + 1), jnp.int32),
+    )
 
 
 def update(stats: Stats, outcome: Outcome) -> Stats:

@@ -232,7 +232,10 @@ class Outcome(NamedTuple):
 class Verifier(Protocol):
     """An acceptance rule: unbatched and pure; the loop vmaps it. A registered pytree."""
 
-    guarantee: str
+    @property
+    def guarantee(self) -> str:
+        """What `Generation.guarantee` says: "distribution" for a lossless rule (static)."""
+        ...
 
     def __call__(self, keys: Array, draft: Draft, target_log_probs: Array) -> Verdict:
         """Judges one row's draft.

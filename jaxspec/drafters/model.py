@@ -122,7 +122,7 @@ class ModelDrafter:
             goes_on = keep_drafting(Signals(slot, scores))
             is_open = progress.is_open & (goes_on | ~has_next)
             draws = has_next & is_open
-            if log_probs is None:
+            if progress.log_probs is None:
                 token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
                 new_log_probs = None
             else:

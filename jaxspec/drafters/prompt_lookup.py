@@ -122,7 +122,7 @@ def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
       A drafter.
 
     Raises:
-      ValueError: not 1 ≤ min_ngram ≤ max_ngram.
+      ValueError: not whole numbers 1 ≤ min_ngram ≤ max_ngram.
 
     References:
       Saxena, Prompt Lookup Decoding (2023); Yang et al., LLMA, arXiv 2304.04487.
@@ -137,8 +137,10 @@ def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
       >>> draft.tokens.tolist(), draft.length.tolist()
       ([[1, 4]], [2])
     """
-    if not 1 <= min_ngram <= max_ngram:
+    is_whole = isinstance(min_ngram, int) and isinstance(max_ngram, int)
+    if not is_whole or not 1 <= min_ngram <= max_ngram:
         raise ValueError(
-            f"prompt_lookup needs 1 ≤ min_ngram ≤ max_ngram, got {min_ngram} and {max_ngram}."
+            "prompt_lookup needs whole numbers 1 ≤ min_ngram ≤ max_ngram, got "
+            f"min_ngram={min_ngram!r} and max_ngram={max_ngram!r}."
         )
     return PromptLookup(max_ngram, min_ngram)

@@ -49,7 +49,7 @@ def fixed(length: int | Array) -> Fixed:
       A policy.
 
     Raises:
-      ValueError: a negative Python number.
+      ValueError: a Python number that is negative or not whole.
 
     References:
       Leviathan et al., arXiv 2211.17192 (γ).
@@ -59,6 +59,6 @@ def fixed(length: int | Array) -> Fixed:
       >>> policy.num_draft(policy.init(batch=2)).tolist()
       [4, 4]
     """
-    if isinstance(length, int) and length < 0:
-        raise ValueError(f"length must be at least 0, got {length}.")
+    if isinstance(length, (int, float)) and not (length >= 0 and length == int(length)):
+        raise ValueError(f"length must be a whole number of at least 0, got {length}.")
     return Fixed(length)

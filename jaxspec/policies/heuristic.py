@@ -60,13 +60,14 @@ def heuristic(
       initial: i32, tokens drafted in the first round.
       increase: i32, tokens added after a whole acceptance.
       decrease: i32, tokens taken away otherwise.
-      minimum: i32, the shortest draft; the longest is `num_draft_tokens`.
+      minimum: i32 ≥ 1, the shortest draft (a row that drafts nothing would learn nothing and
+        never draft again); the longest is `num_draft_tokens`.
 
     Returns:
       A policy.
 
     Raises:
-      ValueError: Python numbers that are negative or out of order.
+      ValueError: Python numbers that are not whole, below their least value or out of order.
 
     References:
       HF transformers, `num_assistant_tokens_schedule="heuristic"`.
@@ -77,11 +78,14 @@ def heuristic(
       [3, 3]
     """
     numbers = (initial, increase, decrease, minimum)
-    if all(isinstance(x, int) for x in numbers) and not (
-        0 <= minimum <= initial and increase >= 0 and decrease >= 0
+    if all(isinstance(x, (int, float)) for x in numbers) and not (
+        1 <= minimum <= initial
+        and increase >= 0
+        and decrease >= 0
+        and all(x == int(x) for x in numbers)
     ):
         raise ValueError(
-            "heuristic needs 0 ≤ minimum ≤ initial and steps of at least 0, got "
+            "heuristic needs whole numbers, 1 ≤ minimum ≤ initial and steps of at least 0, got "
             f"initial={initial}, increase={increase}, decrease={decrease}, minimum={minimum}."
         )
     return Heuristic(*numbers)

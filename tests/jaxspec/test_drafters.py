@@ -105,9 +105,11 @@ def test_planted_bugs_break_the_lookup(patch):
         check_lookup(module, max_ngram=3, min_ngram=2)
 
 
-@pytest.mark.parametrize("bad", [(0, 0), (3, 0), (1, 2), (-1, -1)])
+@pytest.mark.parametrize("bad", [(0, 0), (3, 0), (1, 2), (-1, -1), (1.5, 1)])
 def test_lookup_refuses(bad):
-    with pytest.raises(ValueError, match="prompt_lookup needs 1 ≤ min_ngram ≤ max_ngram"):
+    with pytest.raises(
+        ValueError, match="prompt_lookup needs whole numbers 1 ≤ min_ngram ≤ max_ngram"
+    ):
         drafters.prompt_lookup(*bad)
 
 

@@ -156,7 +156,13 @@ def test_planted_bugs_change_the_law(patch):
 def test_a_planted_bug_draws_a_weight_of_zero():
     weights = np.array([0.0, 1.0, 0.0, 3.0], np.float32)
     check_never_an_index_of_weight_zero(sampling, weights)
-    weak = mutant("jaxspec.sampling", ("cumulative > uniform", "cumulative >= uniform"))
+    weak = mutant(
+        "jaxspec.sampling",
+        (
+            "is_beyond = (cumulative > uniform * cumulative[-1]) & can_be_drawn",
+            "is_beyond = cumulative >= uniform * cumulative[-1]",
+        ),
+    )
     with pytest.raises(AssertionError):
         check_never_an_index_of_weight_zero(weak, weights)
 

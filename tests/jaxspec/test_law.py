@@ -300,7 +300,8 @@ def _cut_at_nonfinite""",
         [
             (
                 "    num_emitted = jnp.where(is_active, num_emitted, 0)\n",
-                "    num_emitted = jnp.where(is_active, jnp.min(num_emitted) + 0 * num_emitted, 0)\n"
+                "    slowest = jnp.min(num_emitted) + 0 * num_emitted\n"
+                "    num_emitted = jnp.where(is_active, slowest, 0)\n"
                 "    verdict = verdict._replace(tokens=jnp.roll(verdict.tokens, 1, axis=1))\n",
             )
         ],

@@ -1,0 +1,156 @@
+"""`jaxspec generate`: text behind a prompt, printed as it is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxspec
+from jaxspec.cli import running
+from jaxspec.cli.errors import UserError
+
+# The CPU pads every forward to eight rows anyway: seven drafts of a lookup cost what one costs.
+_NUM_LOOKED_UP = 7
+_NUM_DRAFTED = 4
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Args:
+      arguments: from `jaxspec.cli.options.parse`.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      UserError: an argument, a file or a model is wrong.
+    """
+    prompt = read_prompt(arguments)
+    start = time.perf_counter()
+    tokenizer = running.load_tokenizer(arguments.model)
+    prompt_ids = running.encode(tokenizer, prompt, is_chat=arguments.chat)
+    target = running.load_model(arguments.model, arguments.dtype)
+    options: dict[str, Any] = {
+        "drafter": _drafter(arguments),
+        "sampling": sampling_options(arguments),
+        "max_new_tokens": arguments.max_new_tokens,
+        "num_draft_tokens": arguments.num_draft_tokens
+        or (_NUM_DRAFTED if arguments.draft else _NUM_LOOKED_UP),
+        "key": jax.random.key(arguments.seed, impl="threefry2x32"),
+    }
+    load_seconds = time.perf_counter() - start
+    compile_seconds = running.compile_programs(target, prompt_ids, **options)
+    on_text = (lambda text: None) if arguments.json else running.put
+    written = running.write(target, tokenizer, prompt_ids, on_text=on_text, **options)
+
+    code = int(written.generation.status[0])
+    if arguments.json:
+        seconds = {
+            "load": load_seconds,
+            "compile": compile_seconds,
+            "prefill_and_decode": written.seconds,
+        }
+        report = {"model": arguments.model, "prompt": prompt, "prompt_token_ids": prompt_ids}
+        running.put(json.dumps(report | describe(written) | {"seconds": seconds}) + "\n")
+    else:
+        running.put("" if written.text.endswith("\n") else "\n")
+        print(_summary(written, compile_seconds), file=sys.stderr)
+    return 1 if code == jaxspec.status.NONFINITE else 0
+
+
+def read_prompt(arguments: argparse.Namespace) -> str:
+    """The prompt, from where the arguments say.
+
+    Raises:
+      UserError: there is none, it is empty or it is no UTF-8.
+    """
+    if arguments.prompt is not None:
+        source, text = "--prompt", arguments.prompt
+        # What was no UTF-8 on the command line arrives as lone surrogates.
+        encoded = text.encode("utf-8", errors="surrogateescape")
+    elif arguments.prompt_file is not None:
+        source, encoded = arguments.prompt_file, _read_file(arguments.prompt_file)
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UserError(
+            "there is no prompt; pass --prompt TEXT or --prompt-file FILE, or pipe a text in "
+            "(see jaxspec generate --help)"
+        )
+    else:
+        source, encoded = "standard input", sys.stdin.buffer.read()
+    try:
+        text = encoded.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the prompt from {source} is not UTF-8 (byte {error.start}); convert it first"
+        ) from error
+    if arguments.prompt is None:
+        text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise UserError(f"the prompt from {source} is empty")
+    return text
+
+
+def _read_file(name: str) -> bytes:
+    try:
+        return Path(name).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the prompt file {name} cannot be read: {reason}") from error
+
+
+def _drafter(arguments: argparse.Namespace) -> Any:
+    if arguments.draft is not None:
+        running.say(f"Loading {arguments.draft} ...")
+        return jaxspec.drafters.model(running.load_model(arguments.draft, arguments.dtype))
+    return None if arguments.drafter == "none" else jaxspec.drafters.prompt_lookup()
+
+
+def sampling_options(arguments: argparse.Namespace) -> jaxspec.Sampling:
+    """Greedy unless an option asks for drawing; options that were not given stay neutral."""
+    chosen = {
+        name: value
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        if (value := getattr(arguments, name)) is not None
+    }
+    draws = chosen.keys() & {"top_k", "top_p", "min_p"}
+    return jaxspec.Sampling(**({"temperature": 1.0 if draws else 0} | chosen))
+
+
+def describe(written: running.Written) -> dict[str, Any]:
+    """What was written, in JSON's types: text, token_ids, status, guarantee and stats."""
+    generation = written.generation
+    names = (
+        "num_spec_steps",
+        "num_draft_tokens",
+        "num_accepted_draft_tokens",
+        "draft_acceptance_rate",
+        "mean_acceptance_length",
+        "tokens_per_step",
+        "acceptance_histogram",
+    )
+    stats = {name: np.asarray(getattr(generation.stats, name))[0].tolist() for name in names}
+    return {
+        "text": written.text,
+        "token_ids": written.token_ids,
+        "status": jaxspec.status.message(int(generation.status[0])),
+        "guarantee": generation.guarantee,
+        "stats": stats,
+    }
+
+
+def _summary(written: running.Written, compile_seconds: float) -> str:
+    num_tokens, num_steps = len(written.token_ids), written.num_steps
+    return (
+        f"[{num_tokens} tokens in {written.seconds:.2f} s "
+        f"({num_tokens / written.seconds:.1f} tokens/s, compiling apart: {compile_seconds:.1f} s); "
+        f"{num_steps} forwards, {num_tokens / max(num_steps, 1):.2f} tokens a forward; "
+        f"{jaxspec.status.message(int(written.generation.status[0]))}]"
+    )

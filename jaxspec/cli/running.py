@@ -1,0 +1,195 @@
+"""What both commands do: load, compile, and print a text while it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxspec
+from jaxspec import arguments
+from jaxspec.cli.errors import INTERRUPTED, told_to_the_user
+from jaxspec.generate import prefill, result, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """One text and what it took.
+
+    Attributes:
+      text: without special tokens.
+      token_ids: the new tokens, the one that ended the text included.
+      generation: the one row's `jaxspec.Generation`.
+      seconds: prefill and decoding.
+    """
+
+    text: str
+    token_ids: list[int]
+    generation: jaxspec.Generation
+    seconds: float
+
+    @property
+    def num_steps(self) -> int:
+        """Target forwards, prefill apart."""
+        return int(self.generation.stats.num_spec_steps[0])
+
+
+def say(text: str) -> None:
+    """Tells someone at a terminal what takes so long."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
+def put(text: str) -> None:
+    """Prints text to stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once.
+
+    For the time that JAX traces, compiles and runs: an exception that unwinds out of its compiler
+    makes the interpreter crash at its end (seen with jax 0.10.2). All text is out by then.
+    """
+
+    def leave(*unused: Any) -> None:
+        os.write(2, b"\nInterrupted.\n")
+        os._exit(INTERRUPTED)
+
+    try:
+        before = signal.signal(signal.SIGINT, leave)
+    except ValueError:  # not the main thread, which alone is interrupted
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Loads the tokenizer of a model.
+
+    Raises:
+      UserError: it could not be loaded.
+    """
+    say(f"Loading {name} ...")
+    with told_to_the_user():
+        from jaxspec_models import load_tokenizer
+
+        return load_tokenizer(name)
+
+
+def load_model(name: str, dtype: str) -> jaxspec.LanguageModel:
+    """Loads a model.
+
+    Raises:
+      UserError: it could not be loaded.
+    """
+    with told_to_the_user():
+        from jaxspec_models import load_model
+
+        return load_model(name, dtype=dtype)
+
+
+def encode(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:
+    """The ids of a prompt, through the chat template if need be.
+
+    Raises:
+      UserError: there is no chat template.
+    """
+    with told_to_the_user():
+        from jaxspec_models.text import encode_prompt
+
+        messages = [{"role": "user", "content": prompt}]
+        return encode_prompt(tokenizer, messages if is_chat else prompt)
+
+
+@exit_on_interrupt()
+def compile_programs(target: jaxspec.LanguageModel, prompt_ids: list[int], **options: Any) -> float:
+    """Compiles what `write` will run with the same arguments.
+
+    Args:
+      target: as in `jaxspec.generate`.
+      prompt_ids: the prompt.
+      **options: of `jaxspec.generate`.
+
+    Returns:
+      The seconds it took.
+
+    Raises:
+      UserError: the arguments are wrong.
+    """
+    start = time.perf_counter()
+    with told_to_the_user():
+        prepared = arguments.prepare(target, [prompt_ids], **options)
+    say("Compiling ...")
+    # The same shapes, a prompt of one token and one token to write: one cheap round.
+    lengths = jnp.ones_like(prepared.request.prompt_lengths)
+    engine = prepared.engine
+    request = prepared.request._replace(prompt_lengths=lengths, max_lengths=lengths + 1)
+    state = prefill(engine, request, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
+    state = run(engine, request, state, 1)
+    jax.block_until_ready(result(engine, request, state, pad_id=prepared.pad_id))
+    return time.perf_counter() - start
+
+
+@exit_on_interrupt()
+def write(
+    target: jaxspec.LanguageModel,
+    tokenizer: Any,
+    prompt_ids: list[int],
+    *,
+    on_text: Callable[[str], None],
+    **options: Any,
+) -> Written:
+    """Writes a text behind one prompt.
+
+    Args:
+      target: as in `jaxspec.generate`.
+      tokenizer: the target's.
+      prompt_ids: the prompt.
+      on_text: called with each new piece of text, whole characters only.
+      **options: of `jaxspec.generate`.
+
+    Returns:
+      The text and its statistics.
+
+    Raises:
+      UserError: the arguments are wrong.
+    """
+    from jaxspec_models.tokenizer import Detokenizer
+
+    detokenizer = Detokenizer(tokenizer)
+    pieces: list[str] = []
+
+    def emit(text: str) -> None:
+        if text:
+            pieces.append(text)
+            on_text(text)
+
+    start = time.perf_counter()
+    with told_to_the_user():
+        rounds = jaxspec.stream(target, [prompt_ids], **options)
+    while True:
+        try:
+            _, ids = next(rounds)
+        except StopIteration as end:
+            generation = end.value
+            break
+        emit(detokenizer.push(ids))
+    emit(detokenizer.finish())
+    seconds = time.perf_counter() - start
+    token_ids = np.asarray(generation.tokens)[0, : int(generation.lengths[0])].tolist()
+    return Written("".join(pieces), token_ids, generation, seconds)
