@@ -26,8 +26,9 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.python
 demo: $(VENV)/.demo  ## a real model, several tokens per forward
 	@$(BIN)/jaxspec demo
 
+# Neighbours share compiled programs: worksteal keeps them on one worker for as long as it can.
 test: $(VENV)/.dev  ## the tests most people run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: lint types doctest  ## what CI runs beside the tests
 

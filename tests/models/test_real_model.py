@@ -16,7 +16,7 @@ from support.running import compiled_parts
 import jaxspec
 from jaxspec import drafters, status
 
-pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("real_model")]
+pytestmark = pytest.mark.real_model
 
 _GREEDY = jaxspec.Sampling(temperature=0)
 _FUTURE = [788, 253, 9931, 1774, 28]
@@ -133,7 +133,7 @@ def test_a_disagreeing_pair_at_temperature_one(prompts):
     """Acceptance between 0.2 and 0.8, possible tokens, and equal texts for equal keys."""
     run = functools.partial(
         jaxspec.generate, _load("float32"), prompts, drafter=_drafter("noisy"), eos_ids=(),
-        max_new_tokens=60,
+        max_new_tokens=30,
     )  # fmt: skip
     generation = run(key=jax.random.key(0))
     rate = (
@@ -172,12 +172,12 @@ def test_prompt_lookup_pays_where_text_is_repeated(tokenizer):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_bit_equal_at_any_width_and_batch(dtype):
     model = _load(dtype)
-    texts = np.random.default_rng(0).integers(0, model.vocab_size, (4, 40)).astype(np.int32)
+    texts = np.random.default_rng(0).integers(0, model.vocab_size, (4, 24)).astype(np.int32)
     apply = jax.jit(model.apply, donate_argnums=2)
 
     def logits(width, batch):
         cache, rows = model.init_cache(batch, 64, width), []
-        for first in range(0, 40, width):
+        for first in range(0, 24 - width + 1, width):
             output, cache = apply(
                 model.params,
                 jnp.asarray(texts[:batch, first : first + width]),
@@ -190,8 +190,9 @@ def test_logits_are_bit_equal_at_any_width_and_batch(dtype):
     reference = logits(8, 4)
     assert reference.std() > 1
     for width, batch in ((1, 1), (2, 1), (5, 1), (8, 1), (1, 4), (2, 4), (5, 4)):
+        ours = logits(width, batch)
         np.testing.assert_array_equal(
-            logits(width, batch), reference[:batch], err_msg=f"width {width}, batch {batch}"
+            ours, reference[:batch, : ours.shape[1]], err_msg=f"width {width}, batch {batch}"
         )
 
 

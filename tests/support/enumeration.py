@@ -51,9 +51,9 @@ class BlockOracle:
             return [(text, 1.0)]
         texts = []
         for text in itertools.product(range(self.vocab_size), repeat=self.num_draft):
+            # Impossible drafts stay, with mass 0: every law of a size shares one program.
             mass = np.prod([self.drafted[text[:i]][x] for i, x in enumerate(text)])
-            if mass > 0:
-                texts.append((text, float(mass)))
+            texts.append((text, float(mass)))
         return texts
 
     def _run(self, numbers, texts, length):

@@ -44,8 +44,9 @@ def total_variation(counts: dict, law: dict) -> float:
 def counts_of(generation) -> dict:
     """{text: rows}, each text cut at its row's length."""
     tokens, lengths = np.asarray(generation.tokens), np.asarray(generation.lengths)
+    rows, repeats = np.unique(np.c_[lengths, tokens], axis=0, return_counts=True)
     counts: dict = {}
-    for row, length in zip(tokens, lengths, strict=True):
-        text = tuple(int(token) for token in row[:length])
-        counts[text] = counts.get(text, 0) + 1
+    for (length, *row), repeat in zip(rows.tolist(), repeats.tolist(), strict=True):
+        text = tuple(row[:length])
+        counts[text] = counts.get(text, 0) + repeat
     return counts
