@@ -11,18 +11,18 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
-import jaxspec_models
 import numpy as np
 import pytest
 import tokenizers
-from jaxspec_models.tokenizer import TextTokenizer
 from safetensors.numpy import save_file
 
 import jaxspec
+import jaxspec_models
 from jaxspec.cli import generate as generate_command
 from jaxspec.cli import main, running
 from jaxspec.cli.errors import UserError, told_to_the_user
 from jaxspec.cli.options import parse
+from jaxspec_models.tokenizer import TextTokenizer
 
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 CHAT_TEMPLATE = (

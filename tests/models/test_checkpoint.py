@@ -10,9 +10,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from jaxspec_models import checkpoint, gguf_config, llama, tensorfile
 from jaxspec_models.gguf_file import GGUFFile
-from safetensors.numpy import load_file, save_file
 
 
 def read(path, dtype="float32"):

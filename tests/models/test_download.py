@@ -13,6 +13,7 @@ import time
 import zipfile
 
 import pytest
+
 from jaxspec_models import cache, download
 
 CONTENT = b"the weights of a model " * 1000

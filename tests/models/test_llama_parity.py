@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxspec_models import llama
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"

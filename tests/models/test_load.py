@@ -7,13 +7,13 @@ import zipfile
 
 import jax
 import jax.numpy as jnp
-import jaxspec_models
 import numpy as np
 import pytest
 import transformers
-from jaxspec_models import cache, checkpoint, download
 
 import jaxspec
+import jaxspec_models
+from jaxspec_models import cache, checkpoint, download
 
 TOKENS = [[1, 5, 9, 2]]
 

@@ -8,12 +8,12 @@ import time
 
 import jax
 import jax.numpy as jnp
-import jaxspec_models
 import numpy as np
 import pytest
 from support.running import compiled_parts
 
 import jaxspec
+import jaxspec_models
 from jaxspec import drafters, status
 
 pytestmark = pytest.mark.real_model

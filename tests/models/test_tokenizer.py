@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tokenizers
+
 from jaxspec_models import chat, tokenizer
 from jaxspec_models.gguf_file import GGUFFile
 
