@@ -68,6 +68,8 @@ def prepare(
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a jaxspec.Sampling, got {type(sampling).__name__}.")
     _check_count("max_new_tokens", max_new_tokens)
+    if not isinstance(pad_id, (int, np.integer)) or not -(2**31) <= pad_id < 2**31:
+        raise ValueError(f"pad_id must be a Python integer within int32, got {pad_id!r}.")
     engine = _engine(target, drafter, verifier, policy, sampling, num_draft_tokens)
     tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, target.vocab_size)
     batch = tokens.shape[0]
@@ -85,7 +87,7 @@ def prepare(
     # Padding may be anything (-100, a pad id beyond the vocabulary): a model is fed valid ids.
     is_prompt = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     tokens = jnp.where(is_prompt, jnp.asarray(tokens, jnp.int32), 0)
-    return Prepared(engine, request, tokens, max_new_tokens, pad_id)
+    return Prepared(engine, request, tokens, int(max_new_tokens), int(pad_id))
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -132,7 +134,8 @@ def _engine(
     if getattr(verifier, "needs_greedy_sampling", False) and not is_greedy:
         raise ValueError(
             "verifiers.greedy is exact at temperature 0 only; pass "
-            "sampling=Sampling(temperature=0), or leave verifier=None for the right rule."
+            "sampling=Sampling(temperature=0) with a Python 0, not an array, or leave "
+            "verifier=None for the right rule."
         )
     default = verifiers.greedy() if options.is_greedy else verifiers.rejection()
     rule: Verifier = default if verifier is None else verifier
@@ -309,7 +312,7 @@ def _row_keys(key: Array | None, batch: int, is_greedy: bool) -> Array:
         if not is_greedy:
             raise ValueError(
                 "sampling needs randomness: pass key=jax.random.key(seed), or "
-                "sampling=Sampling(temperature=0) for greedy decoding."
+                "sampling=Sampling(temperature=0), a Python 0 and not an array, for greedy decoding."
             )
         key = jax.random.key(0, impl="threefry2x32")
     key = jnp.asarray(key)

@@ -108,8 +108,8 @@ def generate(
     Raises:
       ValueError: a static argument is wrong: an empty or left-padded prompt, ids outside the
         vocabulary, vocabularies that differ, more tokens than a model is made for, counts below
-        1, an option out of range, no key, a rule that does not fit the temperature. What depends
-        on data becomes a row's `status` instead.
+        1, an option out of range, no key, a rule that does not fit the temperature. Values under
+        a trace are not checked; logits that are not finite become a row's `status`.
 
     References:
       Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.

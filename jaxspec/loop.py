@@ -164,8 +164,13 @@ def prefill(engine: Engine, request: Request, prompts: Array, *, max_new_tokens:
         start = jnp.full((batch,), at, jnp.int32)
         num_new = jnp.clip(num_to_feed - at, 0, width)
         none = jnp.zeros((batch, 0), jnp.int32)
-        output, cache = _apply(
-            target, tokens, cache, start, num_new, logits_at=none, hidden_layers=hidden_layers
+        output, cache = target.forward(
+            tokens,
+            cache,
+            start=start,
+            num_new=num_new,
+            logits_at=none,
+            hidden_layers=hidden_layers,
         )
         if drafter is not None:
             drafter_state = drafter.prefill(drafter_state, tokens, output.hidden, start, num_new)
@@ -233,24 +238,28 @@ def one_round(engine: Engine, request: Request, state: State) -> State:
     pending = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
     fed = jnp.concatenate([pending, draft.tokens], axis=1)
     num_new = jnp.where(is_active, 1 + draft.length, 0)
-    output, cache = _apply(
-        engine.target, fed, state.cache, start, num_new, hidden_layers=engine.hidden_layers
+    output, cache = engine.target.forward(
+        fed, state.cache, start=start, num_new=num_new, hidden_layers=engine.hidden_layers
     )
-    logits = output.logits.astype(jnp.float32)
-
-    # A position whose logits are not finite ends the draft there: what stands before it is
-    # verified as ever, and the row stops when it gets there.
-    draft, num_finite = _cut_at_nonfinite(draft, logits)
+    logits = output.logits
 
     # The sampling options at every position, each with the drafts before it as its prefix.
-    offsets = jnp.arange(engine.num_draft_tokens + 1)
+    offsets = jnp.arange(engine.num_draft_tokens + 1, dtype=jnp.int32)
     at_offsets = jax.vmap(sampling.process, in_axes=(0, None, None, None, 0))
     scores = jax.vmap(at_offsets, in_axes=(0, 0, 0, 0, None))(
         logits, request.options, state.history, draft.tokens, offsets
     )
 
+    # A position without a finite law ends the draft there: what stands before it is verified as
+    # ever, and the row stops when it gets there.
+    draft, num_finite = _cut_at_nonfinite(draft, logits, scores.log_probs)
+
     keys = _keys(request.keys, state.num_rounds, _VERIFY, engine.num_draft_tokens + 1)
     verdict = jax.vmap(engine.verifier)(keys, draft, scores.log_probs)
+    verdict = verdict._replace(
+        tokens=verdict.tokens.astype(jnp.int32),
+        num_accepted=verdict.num_accepted.astype(jnp.int32),
+    )
 
     num_emitted, new_status = _truncate(request, state, verdict, num_finite)
     num_emitted = jnp.where(is_active, num_emitted, 0)
@@ -306,20 +315,21 @@ def _propose(engine: Engine, request: Request, state: State, is_active: Array) -
     )
 
 
-def _cut_at_nonfinite(draft: Draft, logits: Array) -> tuple[Draft, Array]:
-    """Shortens drafts so that only finite logits judge them.
+def _cut_at_nonfinite(draft: Draft, logits: Array, log_probs: Array) -> tuple[Draft, Array]:
+    """Shortens drafts so that only finite laws judge them.
 
     Args:
       draft: with leading axis B.
       logits: f32[B, K + 1, V].
+      log_probs: f32[B, K + 1, V], after the options, whose traced values may be broken too.
 
     Returns:
       The draft, and i32[B] the offset of the first position with NaN or +inf (or nothing but
       -inf); K + 1 where there is none.
     """
-    # The maximum is NaN or +inf if any logit is: no pass over the vocabulary of its own.
-    is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
-    num_finite = jnp.sum(jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1)
+    # A maximum is NaN or +inf if any element is.
+    is_finite = jnp.isfinite(jnp.max(logits, axis=-1)) & jnp.isfinite(jnp.max(log_probs, axis=-1))
+    num_finite = jnp.sum(jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
     return draft._replace(length=jnp.minimum(draft.length, num_finite)), num_finite
 
 
@@ -376,24 +386,3 @@ def _keys(keys: Array, rounds: Array, purpose: int, count: int) -> Array:
         return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
 
     return jax.vmap(of_row)(keys, rounds)
-
-
-def _apply(
-    target: LanguageModel,
-    tokens: Array,
-    cache: Cache,
-    start: Array,
-    num_new: Array,
-    *,
-    logits_at: Array | None = None,
-    hidden_layers: tuple[int, ...] = (),
-):
-    """Calls the target with what it understands; only `hidden_layers` is a must."""
-    kwargs: dict[str, Any] = {}
-    if target.accepts("num_new"):
-        kwargs["num_new"] = num_new
-    if logits_at is not None and target.accepts("logits_at"):
-        kwargs["logits_at"] = logits_at
-    if hidden_layers:
-        kwargs["hidden_layers"] = hidden_layers
-    return target.apply(target.params, tokens, cache, start=start, **kwargs)

@@ -385,7 +385,8 @@ def draw(uniforms: Array, weights: Array) -> Array:
     num_blocks = -(-size // _BLOCK)
     blocks = jnp.pad(weights, (0, num_blocks * _BLOCK - size)).reshape(num_blocks, _BLOCK)
     block = _invert(uniforms[0], jnp.sum(blocks, axis=1))
-    return (block * _BLOCK + _invert(uniforms[1], blocks[block])).astype(jnp.int32)
+    index = block * _BLOCK + _invert(uniforms[1], blocks[block])
+    return jnp.minimum(index, size - 1).astype(jnp.int32)  # weights of NaN: still an id
 
 
 def _invert(uniform: Array, weights: Array) -> Array:

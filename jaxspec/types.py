@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from jaxspec import pytree
 
@@ -65,6 +66,7 @@ class LanguageModel:
     - `tokens` i32[B, T] are the new tokens; `start` i32[B] counts the cached slots in use: new
       token i of a row goes to slot start + i and, by default, sees the slots 0 … start + i.
     - `positions` i32[B, T] (default start + i) are the positions for rotary or learned embeddings.
+      Padding and drafts may reach beyond `max_length`; the engine passes positions cut to it.
     - `num_new` i32[B] (default T): tokens at or beyond it are padding. They are not written where
       a write would do harm (a sliding window); elsewhere they are harmless garbage.
     - `prefix` i32[B] (default start) and `mask` bool[T, W] or bool[B, T, W] (default causal): a
@@ -125,6 +127,57 @@ class LanguageModel:
         return name in parameters or any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
         )
+
+    def forward(
+        self,
+        tokens: Array,
+        cache: Cache,
+        *,
+        start: Array,
+        num_new: Array,
+        logits_at: Array | None = None,
+        hidden_layers: tuple[int, ...] = (),
+    ) -> tuple[ModelOutput, Cache]:
+        """Calls `apply` with what it understands, and makes good what it does not.
+
+        Args:
+          tokens: i32[B, T].
+          cache: the model's.
+          start: i32[B].
+          num_new: i32[B].
+          logits_at: i32[B, M] or None: all T positions.
+          hidden_layers: a must where not empty.
+
+        Returns:
+          `ModelOutput` with logits f32[B, M or T, V], and the new cache.
+
+        Raises:
+          ValueError: the output is no `ModelOutput`, or its logits are not `vocab_size` wide.
+        """
+        kwargs: dict[str, Any] = {"hidden_layers": hidden_layers} if hidden_layers else {}
+        if self.accepts("num_new"):
+            kwargs["num_new"] = num_new
+        if logits_at is not None and self.accepts("logits_at"):
+            kwargs["logits_at"] = logits_at
+        if self.max_length is not None and self.accepts("positions"):
+            # Padding may lie behind the last position that a model has an embedding for.
+            positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            kwargs["positions"] = jnp.minimum(positions, self.max_length - 1)
+        output, cache = self.apply(self.params, tokens, cache, start=start, **kwargs)
+        if not isinstance(output, ModelOutput):
+            raise ValueError(
+                f"{self.apply!r} must return (jaxspec.ModelOutput(logits), cache), got "
+                f"{type(output).__name__} in the place of the ModelOutput."
+            )
+        logits = output.logits.astype(jnp.float32)
+        if logits.ndim != 3 or logits.shape[2] != self.vocab_size:
+            raise ValueError(
+                f"the model's logits must be [B, T, vocab_size = {self.vocab_size}], got "
+                f"{logits.shape}; correct vocab_size or the head."
+            )
+        if logits_at is not None and logits.shape[1] != logits_at.shape[1]:
+            logits = jnp.take_along_axis(logits, logits_at[:, :, None], axis=1)
+        return output._replace(logits=logits), cache
 
     def require(self, names: Sequence[str], purpose: str) -> None:
         """Raises ValueError naming the arguments of `names` that `apply` does not take."""

@@ -76,7 +76,9 @@ class ModelDrafter:
         """Feeds one chunk of the prompts."""
         del hidden
         none = jnp.zeros((tokens.shape[0], 0), jnp.int32)
-        _, cache = self._apply(tokens, state.cache, start, num_new, none)
+        _, cache = self.lm.forward(
+            tokens, state.cache, start=start, num_new=num_new, logits_at=none
+        )
         return ModelState(cache, state.num_cached + num_new)
 
     def propose(
@@ -97,7 +99,7 @@ class ModelDrafter:
         options = context.sampling
         shape = (batch, num_slots, self.lm.vocab_size)
         log_probs = None if options.is_greedy else jnp.full(shape, -jnp.inf, jnp.float32)
-        uniforms = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(keys)
+        uniforms = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32)))(keys)
 
         def step(progress: _Progress) -> _Progress:
             # Feed what is known and not cached.
@@ -107,7 +109,9 @@ class ModelDrafter:
                 progress.tokens, progress.num_cached
             )
             last = jnp.maximum(num_new - 1, 0)[:, None]
-            logits, cache = self._apply(fed, progress.cache, progress.num_cached, num_new, last)
+            output, cache = self.lm.forward(
+                fed, progress.cache, start=progress.num_cached, num_new=num_new, logits_at=last
+            )
             num_cached = progress.num_cached + num_new
             has_next = progress.is_open & (num_cached == progress.num_known)
 
@@ -117,7 +121,7 @@ class ModelDrafter:
                 progress.tokens, context.lengths
             )
             scores = jax.vmap(sampling.process)(
-                logits[:, 0], options, context.history, prefix, slot
+                output.logits[:, 0], options, context.history, prefix, slot
             ).log_probs
             goes_on = keep_drafting(Signals(slot, scores))
             is_open = progress.is_open & (goes_on | ~has_next)
@@ -167,16 +171,6 @@ class ModelDrafter:
         num_cached = jnp.minimum(state.num_cached, standing)
         return state._replace(num_cached=jnp.where(outcome.is_active, num_cached, state.num_cached))
 
-    def _apply(self, tokens, cache, start, num_new, logits_at):
-        """Logits f32[B, M, V] at `logits_at` i32[B, M], whatever the model can do by itself."""
-        optional = {"num_new": num_new, "logits_at": logits_at}
-        kwargs = {name: value for name, value in optional.items() if self.lm.accepts(name)}
-        output, cache = self.lm.apply(self.lm.params, tokens, cache, start=start, **kwargs)
-        logits = output.logits
-        if "logits_at" not in kwargs:
-            logits = jnp.take_along_axis(logits, logits_at[:, :, None], axis=1)
-        return logits, cache
-
 
 def model(lm: LanguageModel) -> ModelDrafter:
     """Drafts with a smaller language model over the same vocabulary.
@@ -189,6 +183,10 @@ def model(lm: LanguageModel) -> ModelDrafter:
 
     Returns:
       A drafter.
+
+    Raises:
+      ValueError: `lm` is no `LanguageModel`. (That its vocabulary is the target's, `generate`
+        checks.)
 
     References:
       Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.

@@ -59,6 +59,6 @@ def fixed(length: int | Array) -> Fixed:
       >>> policy.num_draft(policy.init(batch=2)).tolist()
       [4, 4]
     """
-    if isinstance(length, (int, float)) and not (length >= 0 and length == int(length)):
+    if isinstance(length, (int, float)) and not (0 <= length < 2**31 and length == int(length)):
         raise ValueError(f"length must be a whole number of at least 0, got {length}.")
     return Fixed(length)

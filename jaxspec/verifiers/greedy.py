@@ -26,7 +26,7 @@ class Greedy:
         best = jnp.argmax(target_log_probs, axis=-1).astype(jnp.int32)
         slots = jnp.arange(best.shape[0])
         matches = (draft.tokens == best[:-1]) & (slots[:-1] < draft.length)
-        num_accepted = jnp.sum(jnp.cumprod(matches.astype(jnp.int32)))
+        num_accepted = jnp.sum(jnp.cumprod(matches.astype(jnp.int32)), dtype=jnp.int32)
         # An accepted draft is the argmax, and so is the correction or the bonus.
         return Verdict(jnp.where(slots <= num_accepted, best, NO_TOKEN), num_accepted)
 

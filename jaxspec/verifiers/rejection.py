@@ -27,7 +27,7 @@ class Rejection:
 
 def uniforms(keys: Array) -> Array:
     """The numbers one offset consumes, f32[K + 1, 3] in [0, 1): the test, then two to draw."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (3,)))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (3,), jnp.float32))(keys)
 
 
 def verify_with_uniforms(numbers: Array, draft: Draft, target_log_probs: Array) -> Verdict:
@@ -42,7 +42,7 @@ def verify_with_uniforms(numbers: Array, draft: Draft, target_log_probs: Array) 
       The `Verdict`.
     """
     accept = acceptance(numbers[:-1, 0], draft, target_log_probs)
-    num_accepted = jnp.sum(jnp.cumprod(accept.astype(jnp.int32)))
+    num_accepted = jnp.sum(jnp.cumprod(accept.astype(jnp.int32)), dtype=jnp.int32)
     weights = correction_weights(num_accepted, draft, target_log_probs)
     token = sampling.draw(numbers[num_accepted, 1:], weights)
     slots = jnp.arange(target_log_probs.shape[0])

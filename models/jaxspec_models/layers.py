@@ -161,6 +161,28 @@ def from_bits(x: Array, dtype: Any) -> Array:
     return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
+def storable(keys: Array, values: Array, dtype: Any) -> tuple[Array, Array]:
+    """New keys and values in storage form, so that a broken token harms none that cannot see it.
+
+    Attention multiplies the values of unseen slots by zero, and 0 · NaN is NaN. So values are
+    always finite, and a token whose key or value is not gets a key of NaN: scores of unseen
+    slots are replaced, not multiplied, and whoever sees the token still gets NaN.
+
+    Args:
+      keys: f32[B, T, KV, D].
+      values: f32[B, T, KV, D].
+      dtype: of the cache.
+
+    Returns:
+      Both as stored (see `to_bits`).
+    """
+    keys, values = keys.astype(dtype), values.astype(dtype)
+    is_sound = jnp.isfinite(keys) & jnp.isfinite(values)
+    is_sound = jnp.all(is_sound, axis=-1, keepdims=True)
+    keys = jnp.where(is_sound, keys, jnp.full((), jnp.nan, keys.dtype))
+    return to_bits(keys), to_bits(jnp.where(is_sound, values, jnp.zeros((), values.dtype)))
+
+
 def init_cache(
     batch: int, capacity: int, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: Any
 ) -> KVCache:

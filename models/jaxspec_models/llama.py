@@ -192,7 +192,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
         dtype = jnp.dtype(config.dtype)
-        k, v = (layers.to_bits(new[:, : visibility.width].astype(dtype)) for new in (k, v))
+        k, v = layers.storable(k[:, : visibility.width], v[:, : visibility.width], dtype)
         keys = layers.write_slots(keys, k, visibility.start)
         values = layers.write_slots(values, v, visibility.start)
         mixed = layers.attention(q, keys, values, visibility, dtype=dtype)

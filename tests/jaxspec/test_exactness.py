@@ -175,8 +175,8 @@ _MUTANTS = {
         "disagreeing",
     ),
     "drafts behind a rejection still accepted": (
-        "num_accepted = jnp.sum(jnp.cumprod(accept.astype(jnp.int32)))",
-        "num_accepted = jnp.sum(accept.astype(jnp.int32))",
+        "num_accepted = jnp.sum(jnp.cumprod(accept.astype(jnp.int32)), dtype=jnp.int32)",
+        "num_accepted = jnp.sum(accept.astype(jnp.int32), dtype=jnp.int32)",
         "disagreeing",
     ),
     "one-hot draft: the rejected token is drawn again": (

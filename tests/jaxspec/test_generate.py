@@ -1,8 +1,10 @@
 """The façade: traceable, traced once a shape, streamable, and free of what it does not need."""
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import chex
 import jax
@@ -255,3 +257,89 @@ def test_the_loop_imports_no_concrete_strategy():
     for package in ("drafters", "verifiers", "policies", "generate"):
         assert f"jaxspec.{package}" not in source.replace("`jaxspec.", "")
         assert f"import {package}" not in source
+
+
+def test_generate_under_64_bit_jax():
+    """Carries keep their dtypes, and the texts are those of 32 bits."""
+    code = """
+        import sys
+        import jax
+        import numpy as np
+        jax.config.update("jax_enable_x64", sys.argv[1] == "64")
+        import jaxspec
+        from support.tables import random_logits, table_model
+
+        model = table_model(random_logits(3, vocab_size=6, order=2), order=2)
+        other = table_model(random_logits(4, vocab_size=6, order=2), order=2)
+        for drafter in (None, jaxspec.drafters.model(other), jaxspec.drafters.prompt_lookup()):
+            for temperature in (0, np.array([0.7, 0.0])):
+                sampling = jaxspec.Sampling(temperature=temperature, top_p=0.9,
+                                            repetition_penalty=1.2)
+                out = jaxspec.generate(model, [[1, 2], [3]], drafter=drafter, sampling=sampling,
+                                       policy=jaxspec.policies.heuristic(2),
+                                       max_new_tokens=9, key=jax.random.key(0))
+                print(out.tokens.dtype, out.log_probs.dtype, out.tokens.tolist())
+        """
+    root = str(Path(__file__).parents[1])
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), bits],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([root, *sys.path])},
+        )
+        for bits in ("32", "64")
+    ]
+    assert runs[1].returncode == 0, runs[1].stderr
+    assert runs[1].stdout == runs[0].stdout
+    assert runs[0].stdout.count("int32 float32") == 6
+
+
+def test_broken_options_under_a_trace_stop_the_row():
+    """A traced temperature of NaN has no law: a status, and no token that does not exist."""
+    program = jax.jit(
+        lambda temperature: jaxspec.generate(
+            _model(), _PROMPTS, key=jax.random.key(0), max_new_tokens=4,
+            sampling=jaxspec.Sampling(temperature=temperature),
+        )
+    )  # fmt: skip
+    broken = program(jnp.array([jnp.nan, 1.0]))
+    assert broken.status.tolist() == [jaxspec.status.NONFINITE, jaxspec.status.LENGTH]
+    assert broken.lengths.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("apply", "message"),
+    [
+        (lambda params, tokens, cache, *, start: (params[tokens], cache), "ModelOutput"),
+        (
+            lambda params, tokens, cache, *, start: (
+                jaxspec.ModelOutput(params[tokens][..., :5]),
+                cache,
+            ),
+            "vocab_size = 6",
+        ),
+    ],
+)
+def test_a_model_of_a_wrong_shape_is_named(apply, message):
+    model = jaxspec.LanguageModel(jnp.asarray(_LOGITS[:6]), apply, _init_cache, 6)
+    with pytest.raises(ValueError, match=message):
+        jaxspec.generate(model, [[1]], sampling=_GREEDY, max_new_tokens=2)
+
+
+def test_positions_stay_below_the_models_limit():
+    """Buckets, chunks and drafts reach beyond it: learned positions would be out of range."""
+
+    def apply(params, tokens, cache, *, start, positions):
+        del start
+        table = jnp.zeros((20, 1))
+        here = table.at[positions].get(mode="fill", fill_value=jnp.nan)
+        return jaxspec.ModelOutput(params[tokens] + here), cache
+
+    model = jaxspec.LanguageModel(jnp.asarray(_LOGITS[:6]), apply, _init_cache, 6, max_length=20)
+    for drafter in (None, drafters.prompt_lookup(), drafters.model(model)):
+        out = jaxspec.generate(
+            model, [[1, 2, 3]], drafter=drafter, sampling=_GREEDY, max_new_tokens=17
+        )
+        assert out.status.tolist() == [jaxspec.status.LENGTH]

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.tables import table_model
 
+import jaxspec
 from jaxspec_models import llama
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
@@ -406,3 +408,32 @@ def test_the_unchanged_model_passes_the_check_for_planted_bugs():
     assert (
         error_of("bias_linear", make_config("bias_linear"), hf_weights("bias_linear")) <= TOLERANCE
     )
+
+
+def test_a_broken_token_harms_none_that_cannot_see_it():
+    """A rejected draft whose embedding is NaN leaves greedy text as it is: 0 · NaN is NaN."""
+    config = llama.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, dtype="float32",
+    )  # fmt: skip
+    params = llama.init_params(config, seed=0)
+    greedy = jaxspec.Sampling(temperature=0)
+    plain = jaxspec.generate(
+        llama.language_model(config, params), [[1, 2, 3]], sampling=greedy, max_new_tokens=8
+    )
+    unused = next(i for i in range(4, 32) if i not in plain.tokens[0].tolist())
+    params["embed"]["weight"] = params["embed"]["weight"].at[unused].set(jnp.nan)
+    always = np.full((32, 32), -10.0, np.float32)
+    always[:, unused] = 10.0
+    drafter = jaxspec.drafters.model(table_model(always, order=1))
+    drafted = jaxspec.generate(
+        llama.language_model(config, params), [[1, 2, 3]], drafter=drafter, sampling=greedy,
+        max_new_tokens=8,
+    )  # fmt: skip
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+    assert drafted.stats.num_accepted_draft_tokens.tolist() == [0]
+    # Whoever sees the token does get NaN.
+    broken = jaxspec.generate(
+        llama.language_model(config, params), [[1, unused, 3]], sampling=greedy, max_new_tokens=8
+    )
+    assert broken.status.tolist() == [jaxspec.status.NONFINITE]
