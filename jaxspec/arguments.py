@@ -312,7 +312,7 @@ def _row_keys(key: Array | None, batch: int, is_greedy: bool) -> Array:
         if not is_greedy:
             raise ValueError(
                 "sampling needs randomness: pass key=jax.random.key(seed), or "
-                "sampling=Sampling(temperature=0), a Python 0 and not an array, for greedy decoding."
+                "sampling=Sampling(temperature=0) (a Python 0, not an array) for greedy decoding."
             )
         key = jax.random.key(0, impl="threefry2x32")
     key = jnp.asarray(key)

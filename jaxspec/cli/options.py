@@ -36,7 +36,7 @@ examples:
 
 The text goes to standard output, everything else to standard error. Exit codes: 0; 1 if the
 model computed NaN or the output cannot be written; 2 for a mistake in the arguments or files;
-130 after Ctrl-C."""
+130 after Ctrl-C; 141 if the reader of the output went away."""
 
 
 class _Parser(argparse.ArgumentParser):

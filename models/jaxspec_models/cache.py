@@ -8,6 +8,7 @@ built anew, whatever the reason: an interruption, a full disk, another version.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -148,9 +149,10 @@ def build_once(path: Path, *, source: str, build: Callable[[Path], None]) -> Pat
     except OSError as error:
         if error.errno is None:  # no failure of the file system: `build` says what is wrong
             raise
+        advice = "free some space, or" if error.errno == errno.ENOSPC else "give access to it, or"
         raise OSError(
-            f"{path} could not be written ({error}); "
-            "free some space, or set JAXSPEC_CACHE to a directory that can be written."
+            f"{path} could not be written ({error}); {advice} set JAXSPEC_CACHE to a directory "
+            "that can be written."
         ) from error
 
 
