@@ -338,7 +338,8 @@ def test_planted_bug_acceptance_beyond_eos_is_caught():
 _DRAFTER_MUTANTS = {
     "q of the raw logits, drafts of the processed ones": (
         ("progress.log_probs.at[rows, at].set(scores, mode=\"drop\")",
-         "progress.log_probs.at[rows, at].set(jax.nn.log_softmax(output.logits[:, 0]), mode=\"drop\")"),
+         "progress.log_probs.at[rows, at].set("
+         "jax.nn.log_softmax(output.logits[:, 0]), mode=\"drop\")"),
         {"temperature": 0.6},
     ),
     "drafts trimmed by their own probability": (
