@@ -49,8 +49,8 @@ class Sampling:
       >>> options = resolve(Sampling(top_k=2), batch=1)
       >>> row = jax.tree.map(lambda x: x[0], options)
       >>> scores = process(logits, row, History(None), jnp.zeros(0, jnp.int32), 0)
-      >>> print(jnp.exp(scores.log_probs).round(3))
-      [0.625 0.375 0.   ]
+      >>> (jnp.exp(scores.log_probs) > 0).tolist()
+      [True, True, False]
     """
 
     temperature: PerRow = 1.0
