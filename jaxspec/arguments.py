@@ -137,7 +137,7 @@ def _engine(
             "sampling=Sampling(temperature=0) with a Python 0, not an array, or leave "
             "verifier=None for the right rule."
         )
-    default = verifiers.greedy() if options.is_greedy else verifiers.rejection()
+    default = verifiers.greedy() if options.is_greedy else verifiers.block()
     rule: Verifier = default if verifier is None else verifier
     chosen: Policy = policies.fixed(num_draft_tokens) if policy is None else policy
     kinds = (type(drafter), type(rule), type(chosen))

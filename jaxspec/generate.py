@@ -29,7 +29,8 @@ class Generation:
         sampling options; of a greedy row under the target at temperature 1; then 0.
       status: i32[B], why each row stopped: `jaxspec.status.EOS`, `LENGTH` or `NONFINITE`.
       stats: `Stats`, per row.
-      guarantee: "distribution": the tokens have exactly the target's distribution (static).
+      guarantee: "distribution": the tokens have exactly the target's distribution; "tokens"
+        (`verifiers.match`): they are also the same with any drafter, or none (static).
     """
 
     tokens: Array
@@ -91,7 +92,9 @@ def generate(
       prompts: a list of token-id lists, or i32[B, L] padded on the right.
       drafter: from `jaxspec.drafters`; "auto": the target's own, or prompt lookup; None: plain
         decoding through the same loop.
-      verifier: from `jaxspec.verifiers`; None: the strongest lossless rule for the options.
+      verifier: from `jaxspec.verifiers`; None: the strongest lossless rule, row by row: `block`
+        for sampled drafts, which is the one-hot rule for deterministic ones and accepts as
+        `greedy` does in rows at temperature 0.
       policy: from `jaxspec.policies`; None: `num_draft_tokens` in every round.
       sampling: the options, one value for all rows or one a row.
       max_new_tokens: T ≥ 1, tokens to write at most (static).

@@ -29,7 +29,7 @@ from jaxspec.types import (
 Array: TypeAlias = jax.Array
 
 # Purposes that a round's key is folded with: no two draws share a key.
-_PROPOSE, _VERIFY = 0, 1
+_PROPOSE, _VERIFY, _NOISE = 0, 1, 2
 
 
 @pytree.dataclass
@@ -88,7 +88,8 @@ class State(NamedTuple):
       3. A row that has stopped emits nothing and disturbs no one.
       4. A row's tokens do not depend on the other rows, the batch size or the padding. Inside a
          row, randomness is keyed by (round, purpose, offset): a position that is tried again
-         sees new numbers.
+         sees new numbers. Only the noise of rules that ask for it (`verifiers.match`) is keyed
+         by position.
       5. The q that verification uses is bit for bit the q that was sampled from.
       6. No host round-trip.
       7. No cache is copied.
@@ -254,7 +255,10 @@ def one_round(engine: Engine, request: Request, state: State) -> State:
     # ever, and the row stops when it gets there.
     draft, num_finite = _cut_at_nonfinite(draft, logits, scores.log_probs)
 
-    keys = _keys(request.keys, state.num_rounds, _VERIFY, engine.num_draft_tokens + 1)
+    if _is_keyed_by_position(engine.verifier):
+        keys = _noise_keys(request.keys, state.lengths, engine.num_draft_tokens + 1)
+    else:
+        keys = _keys(request.keys, state.num_rounds, _VERIFY, engine.num_draft_tokens + 1)
     verdict = jax.vmap(engine.verifier)(keys, draft, scores.log_probs)
     verdict = verdict._replace(
         tokens=verdict.tokens.astype(jnp.int32),
@@ -299,7 +303,10 @@ def _propose(engine: Engine, request: Request, state: State, is_active: Array) -
     most = jnp.minimum(request.max_lengths - state.lengths - 1, num_slots)
     num_draft = jnp.clip(engine.policy.num_draft(state.policy), 0, most)
     num_draft = jnp.where(is_active, num_draft, 0)
-    context = Context(state.tokens, state.lengths, request.options, state.history)
+    noise_keys = None
+    if _is_keyed_by_position(engine.verifier) and getattr(engine.verifier, "shares_noise", False):
+        noise_keys = _noise_keys(request.keys, state.lengths, num_slots)
+    context = Context(state.tokens, state.lengths, request.options, state.history, noise_keys)
     draft, drafter_state = engine.drafter.propose(
         _keys(request.keys, state.num_rounds, _PROPOSE, num_slots),
         state.drafter,
@@ -386,3 +393,19 @@ def _keys(keys: Array, rounds: Array, purpose: int, count: int) -> Array:
         return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
 
     return jax.vmap(of_row)(keys, rounds)
+
+
+def _is_keyed_by_position(verifier: Verifier) -> bool:
+    return getattr(verifier, "is_keyed_by_position", False)
+
+
+def _noise_keys(keys: Array, positions: Array, count: int) -> Array:
+    """key[B, count], by (row, position in the text), for the positions from i32[B] on."""
+
+    def of_row(key: Array, first: Array) -> Array:
+        def at(offset: Array) -> Array:
+            return jax.random.fold_in(jax.random.fold_in(key, first + offset), _NOISE)
+
+        return jax.vmap(at)(jnp.arange(count, dtype=jnp.int32))
+
+    return jax.vmap(of_row)(keys, positions)

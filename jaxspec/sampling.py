@@ -134,19 +134,15 @@ def _is_python_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def resolve(sampling: Sampling, batch: int) -> Options:
-    """Checks the options and spreads them over the rows.
-
-    Args:
-      sampling: the user's options.
-      batch: B.
+def check(sampling: Sampling) -> Options:
+    """Checks the options' values.
 
     Returns:
-      `Options` with arrays [B].
+      `Options` with arrays [] or [B], as given.
 
     Raises:
-      ValueError: a value known before running is out of range, or an array's shape is neither
-        [] nor [B]. Values under a trace are not checked.
+      ValueError: a value known before running is out of range, or an array has more axes. Values
+        under a trace are not checked.
     """
     arrays: dict[str, Array | None] = {}
     for name, neutral in _NEUTRAL.items():
@@ -162,16 +158,37 @@ def resolve(sampling: Sampling, batch: int) -> Options:
             ):
                 raise ValueError(f"{name} must be {meaning}, got {value!r}.")
         dtype = jnp.int32 if name == "top_k" else jnp.float32
-        array = jnp.asarray(value).astype(dtype)
-        if array.shape not in ((), (batch,)):
-            raise ValueError(
-                f"{name} must be one number or an array of one number a row, shape ({batch},); "
-                f"got shape {array.shape}."
-            )
-        arrays[name] = jnp.broadcast_to(array, (batch,))
+        arrays[name] = jnp.asarray(value).astype(dtype)
+        if arrays[name].ndim > 1:
+            raise ValueError(_shape_message(name, "(B,)", arrays[name].shape))
     if sampling.is_greedy:
         arrays |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
     return Options(**arrays, is_greedy=sampling.is_greedy)
+
+
+def spread(options: Options, batch: int) -> Options:
+    """Spreads checked options over the rows.
+
+    Returns:
+      `Options` with arrays [B].
+
+    Raises:
+      ValueError: an array's shape is neither [] nor [B].
+    """
+    for name in _NEUTRAL:
+        array = getattr(options, name)
+        if array is not None and array.shape not in ((), (batch,)):
+            raise ValueError(_shape_message(name, f"({batch},)", array.shape))
+    return jax.tree.map(lambda array: jnp.broadcast_to(array, (batch,)), options)
+
+
+def resolve(sampling: Sampling, batch: int) -> Options:
+    """Checks the options and spreads them over the rows; see `check` and `spread`."""
+    return spread(check(sampling), batch)
+
+
+def _shape_message(name: str, wanted: str, shape: tuple[int, ...]) -> str:
+    return f"{name} must be one number or an array of one number a row, {wanted}; got {shape}."
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,46 +371,3 @@ def keep_top_p(logits: Array, p: Array) -> Array:
     stays = jnp.where(high > 1, ids > last_left_out, True)
     keep = (keys > threshold) | (is_tie & stays)
     return jnp.where(keep | (p >= 1), logits, -jnp.inf)
-
-
-# ---------------------------------------------------------------------------------------------
-# Drawing (unbatched).
-
-_BLOCK = 256
-
-
-def draw(uniforms: Array, weights: Array) -> Array:
-    """Draws an index with probability proportional to its weight.
-
-    Inverse CDF at two levels, first a block of indices and then an index inside it, each with a
-    uniform of its own: an error of 2⁻²³ in one uniform is not spread over the whole vocabulary,
-    and no noise of the vocabulary's size is made.
-
-    Args:
-      uniforms: f32[2] in [0, 1), independent.
-      weights: f32[V] ≥ 0, not all zero; need not be normalised.
-
-    Returns:
-      i32[], never an index of weight zero.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> int(draw(jnp.array([0.3, 0.9]), jnp.array([0.0, 1.0, 0.0, 3.0])))
-      3
-    """
-    size = weights.shape[0]
-    num_blocks = -(-size // _BLOCK)
-    blocks = jnp.pad(weights, (0, num_blocks * _BLOCK - size)).reshape(num_blocks, _BLOCK)
-    block = _invert(uniforms[0], jnp.sum(blocks, axis=1))
-    index = block * _BLOCK + _invert(uniforms[1], blocks[block])
-    return jnp.minimum(index, size - 1).astype(jnp.int32)  # weights of NaN: still an id
-
-
-def _invert(uniform: Array, weights: Array) -> Array:
-    cumulative = jnp.cumsum(weights)
-    can_be_drawn = weights > 0
-    # A parallel sum need not be monotone to the last bit: an index of weight zero is excluded by
-    # its weight, and where no index is beyond the mark, the last that can be drawn is taken.
-    is_beyond = (cumulative > uniform * cumulative[-1]) & can_be_drawn
-    last = weights.shape[0] - 1 - jnp.argmax(can_be_drawn[::-1])
-    return jnp.where(jnp.any(is_beyond), jnp.argmax(is_beyond), last)

@@ -24,11 +24,19 @@ class Stats(NamedTuple):
       num_draft_tokens: i32[B], tokens proposed.
       num_accepted_draft_tokens: i32[B], of them accepted and emitted.
       acceptance_histogram: i32[B, K + 1], steps by number of accepted drafts.
+      num_zero_probability_rejections: i32[B], steps that ended at a draft to which the target
+        gives no probability (cut off by an option, say).
+      num_impossible_draft_tokens: i32[B], drafts to which their own q gives no probability, or
+        none that is a number: always rejected. Not 0: the drafter reports a q that it did not
+        sample from, see `jaxspec.testing.check_drafter`.
+      num_fallbacks: i32[B], steps whose correction came from the target itself, since rounding
+        left nothing of the residual. Now and then where p and q agree to the last bits.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> stats = Stats(jnp.array([4]), jnp.array([10]), jnp.array([16]), jnp.array([7]),
-      ...               jnp.array([[1, 1, 0, 2, 0]]))
+      >>> stats = init(1, 4)._replace(
+      ...     num_spec_steps=jnp.array([4]), num_emitted_tokens=jnp.array([10]),
+      ...     num_accepted_draft_tokens=jnp.array([7]))
       >>> stats.mean_acceptance_length.tolist(), stats.tokens_per_step.tolist()
       ([2.75], [2.5])
     """
@@ -38,6 +46,9 @@ class Stats(NamedTuple):
     num_draft_tokens: Array
     num_accepted_draft_tokens: Array
     acceptance_histogram: Array
+    num_zero_probability_rejections: Array
+    num_impossible_draft_tokens: Array
+    num_fallbacks: Array
 
     @property
     def draft_acceptance_rate(self) -> Array:
@@ -67,6 +78,9 @@ def init(batch: int, num_draft_tokens: int) -> Stats:
         num_emitted_tokens=jnp.zeros((batch,), jnp.int32),
         num_draft_tokens=jnp.zeros((batch,), jnp.int32),
         num_accepted_draft_tokens=jnp.zeros((batch,), jnp.int32),
+        num_zero_probability_rejections=jnp.zeros((batch,), jnp.int32),
+        num_impossible_draft_tokens=jnp.zeros((batch,), jnp.int32),
+        num_fallbacks=jnp.zeros((batch,), jnp.int32),
         acceptance_histogram=jnp.zeros((batch, num_draft_tokens + 1), jnp.int32),
     )
 
@@ -80,6 +94,15 @@ def update(stats: Stats, outcome: Outcome) -> Stats:
     )
     bins = jnp.arange(stats.acceptance_histogram.shape[1])
     hit = (bins[None] == outcome.num_accepted[:, None]).astype(jnp.int32)
+    is_impossible, is_hopeless = _zero_probabilities(outcome)
+    slots = jnp.arange(outcome.draft.tokens.shape[1])[None]
+    num_impossible = jnp.sum(is_impossible & (slots < counted[:, None]), axis=1, dtype=jnp.int32)
+    # Without a cut, the step ended at the first draft behind the accepted ones, if there is one.
+    is_end = (slots == outcome.num_accepted[:, None]) & (slots < outcome.draft.length[:, None])
+    ends_here = outcome.is_active & ~was_cut
+    is_zero = jnp.any(is_hopeless & is_end, axis=1) & ends_here
+    is_fallback = outcome.verdict.is_fallback
+    fell_back = jnp.zeros_like(is_zero) if is_fallback is None else is_fallback & ends_here
     return Stats(
         num_spec_steps=stats.num_spec_steps + took_part,
         num_emitted_tokens=stats.num_emitted_tokens + outcome.num_emitted,
@@ -87,4 +110,19 @@ def update(stats: Stats, outcome: Outcome) -> Stats:
         num_accepted_draft_tokens=stats.num_accepted_draft_tokens
         + outcome.num_accepted * took_part,
         acceptance_histogram=stats.acceptance_histogram + hit * took_part[:, None],
+        num_zero_probability_rejections=stats.num_zero_probability_rejections
+        + is_zero.astype(jnp.int32),
+        num_impossible_draft_tokens=stats.num_impossible_draft_tokens + num_impossible * took_part,
+        num_fallbacks=stats.num_fallbacks + fell_back.astype(jnp.int32),
     )
+
+
+def _zero_probabilities(outcome: Outcome) -> tuple[Array, Array]:
+    """Whether q, and whether p, gives each draft no probability: bool[B, K] each."""
+    draft = outcome.draft
+    tokens = draft.tokens[:, :, None]
+    target = jnp.take_along_axis(outcome.target_log_probs[:, :-1], tokens, axis=2)[:, :, 0]
+    if draft.log_probs is None:
+        return jnp.zeros(draft.tokens.shape, bool), target == -jnp.inf
+    drafted = jnp.take_along_axis(draft.log_probs, tokens, axis=2)[:, :, 0]
+    return ~(drafted > -jnp.inf), target == -jnp.inf

@@ -213,11 +213,14 @@ class Verdict(NamedTuple):
       tokens: i32[K + 1]: the accepted drafts, then the correction or the bonus, then `NO_TOKEN`.
       num_accepted: i32[], the number of accepted drafts, 0 … K.
       path: i32[P], trees only: the nodes of the accepted path.
+      is_fallback: bool[], whether rounding left no residual to draw the correction from, so that
+        it was drawn from the target; None: cannot happen. Counted in `Stats.num_fallbacks`.
     """
 
     tokens: Array
     num_accepted: Array
     path: Array | None = None
+    is_fallback: Array | None = None
 
 
 class Context(NamedTuple):
@@ -230,12 +233,17 @@ class Context(NamedTuple):
         been fed it yet.
       sampling: the resolved `jaxspec.sampling.Options` of each row.
       history: the `jaxspec.sampling.History` of each row.
+      noise_keys: key[B, K], what the verifier will draw the tokens at the drafted offsets with,
+        where it shares its noise (`verifiers.match`): a drafter that runs
+        `jaxspec.drawing.race` with `gumbel_noise` of these keys agrees with it more often. None:
+        noise is not shared. Using them is optional; drawing with `keys` is always right.
     """
 
     tokens: Array
     lengths: Array
     sampling: Any
     history: Any
+    noise_keys: Array | None = None
 
 
 class Signals(NamedTuple):
@@ -283,11 +291,28 @@ class Outcome(NamedTuple):
 
 @runtime_checkable
 class Verifier(Protocol):
-    """An acceptance rule: unbatched and pure; the loop vmaps it. A registered pytree."""
+    """An acceptance rule: unbatched and pure; the loop vmaps it. A registered pytree.
+
+    A rule may also have, all of them static and off where missing:
+
+    - `needs_greedy_sampling`: it is exact at temperature 0 only; `generate` refuses it elsewhere.
+    - `is_keyed_by_position`: its keys follow (row, position in the text), not (row, round,
+      offset). A position that is tried again then sees its old numbers, which is right for rules
+      that draw each token from the target alone, and for no others.
+    - `shares_noise`: the drafter may look at those keys (`Context.noise_keys`). Right only for a
+      rule whose tokens do not depend on the draft.
+    - `judge(numbers f32[K + 1, 3], draft, target_log_probs) -> Verdict`, where calling the rule
+      is `judge` on `jaxspec.verifiers.ratio.uniforms(keys)`: each number [i, 0] decides about
+      draft i, passing above a threshold, and [i, 2] draws the token behind i drafts, monotonically.
+      `jaxspec.testing.check_verifier` then computes the rule's exact law.
+    """
 
     @property
     def guarantee(self) -> str:
-        """What `Generation.guarantee` says: "distribution" for a lossless rule (static)."""
+        """What `Generation.guarantee` says (static).
+
+        "distribution": lossless; "tokens": lossless, and the tokens follow the key alone.
+        """
         ...
 
     def __call__(self, keys: Array, draft: Draft, target_log_probs: Array) -> Verdict:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import pytree, sampling
+from jaxspec import drawing, pytree, sampling
+from jaxspec.sampling import Sampling, check
 from jaxspec.types import PREFILL_CHUNK, Cache, Context, Draft, LanguageModel, Outcome, Signals
 
 Array: TypeAlias = jax.Array
@@ -47,6 +48,7 @@ class ModelDrafter:
     """See `model`."""
 
     lm: LanguageModel
+    options: sampling.Options | None  # its own; None: the target's
 
     hidden_layers: ClassVar[tuple[int, ...]] = ()
 
@@ -96,10 +98,15 @@ class ModelDrafter:
         """
         batch, num_slots = keys.shape
         rows = jnp.arange(batch)
-        options = context.sampling
+        options, history = context.sampling, context.history
+        if self.options is not None:
+            options = sampling.spread(self.options, batch)
+            history = sampling.init_history(
+                options, context.tokens, context.lengths, self.lm.vocab_size
+            )
         shape = (batch, num_slots, self.lm.vocab_size)
         log_probs = None if options.is_greedy else jnp.full(shape, -jnp.inf, jnp.float32)
-        uniforms = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32)))(keys)
+        choose = self._chooser(keys, context)
 
         def step(progress: _Progress) -> _Progress:
             # Feed what is known and not cached.
@@ -121,7 +128,7 @@ class ModelDrafter:
                 progress.tokens, context.lengths
             )
             scores = jax.vmap(sampling.process)(
-                output.logits[:, 0], options, context.history, prefix, slot
+                output.logits[:, 0], options, history, prefix, slot
             ).log_probs
             goes_on = keep_drafting(Signals(slot, scores))
             is_open = progress.is_open & (goes_on | ~has_next)
@@ -130,9 +137,7 @@ class ModelDrafter:
                 token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
                 new_log_probs = None
             else:
-                token = jax.vmap(lambda numbers, at, weights: sampling.draw(numbers[at], weights))(
-                    uniforms, jnp.minimum(slot, num_slots - 1), jnp.exp(scores)
-                )
+                token = choose(jnp.minimum(slot, num_slots - 1), scores)
                 at = jnp.where(draws, slot, num_slots)  # out of range: dropped
                 new_log_probs = progress.log_probs.at[rows, at].set(scores, mode="drop")
             at = jnp.where(draws, progress.num_known, progress.tokens.shape[1])
@@ -164,6 +169,23 @@ class ModelDrafter:
         draft = Draft(tokens, progress.log_probs, progress.num_known - context.lengths)
         return draft, ModelState(progress.cache, progress.num_cached)
 
+    def _chooser(self, keys: Array, context: Context) -> Callable[[Array, Array], Array]:
+        """How tokens are drawn: (slots i32[B], log-probabilities f32[B, V]) -> i32[B]."""
+        rows = jnp.arange(keys.shape[0])
+        if context.noise_keys is not None:
+            noise_keys = context.noise_keys
+
+            def run_race(slot: Array, log_probs: Array) -> Array:
+                size = log_probs.shape[1]
+                noise = jax.vmap(lambda key: drawing.gumbel_noise(key, size))(noise_keys[rows, slot])
+                return jax.vmap(drawing.race)(noise, log_probs)
+
+            return run_race
+        uniforms = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32)))(keys)
+        return lambda slot, log_probs: jax.vmap(drawing.draw)(
+            uniforms[rows, slot], jnp.exp(log_probs)
+        )
+
     def commit(self, state: ModelState, outcome: Outcome) -> ModelState:
         """Keeps what was cached of the text that stands; the rest is overwritten later."""
         # The pending token at `start` and the accepted drafts behind it are right.
@@ -172,21 +194,24 @@ class ModelDrafter:
         return state._replace(num_cached=jnp.where(outcome.is_active, num_cached, state.num_cached))
 
 
-def model(lm: LanguageModel) -> ModelDrafter:
+def model(lm: LanguageModel, *, sampling: Sampling | None = None) -> ModelDrafter:
     """Drafts with a smaller language model over the same vocabulary.
 
-    It samples under the target's own options, so that temperature, top-k, … shape q as they
-    shape p; at temperature 0 its drafts are point masses. Each draft step feeds only what is new.
+    By default it samples under the target's own options, so that temperature, top-k, … shape q
+    as they shape p. With options of its own it stays exact, since the q that is verified is the
+    one that was sampled; acceptance is what changes. At temperature 0 (the Python number) its
+    drafts are point masses. Each draft step feeds only what is new.
 
     Args:
       lm: the draft model.
+      sampling: the draft's own options, each one number or an array [B]; None: the target's.
 
     Returns:
       A drafter.
 
     Raises:
-      ValueError: `lm` is no `LanguageModel`. (That its vocabulary is the target's, `generate`
-        checks.)
+      ValueError: `lm` is no `LanguageModel`, `sampling` no `Sampling` or out of range. (That its
+        vocabulary is the target's, `generate` checks.)
 
     References:
       Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
@@ -210,4 +235,6 @@ def model(lm: LanguageModel) -> ModelDrafter:
             f"drafters.model takes a jaxspec.LanguageModel, got {type(lm).__name__}; "
             "jaxspec_models.load returns one, beside its tokenizer."
         )
-    return ModelDrafter(lm)
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a jaxspec.Sampling, got {type(sampling).__name__}.")
+    return ModelDrafter(lm, None if sampling is None else check(sampling))

@@ -7,8 +7,9 @@ from typing import ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxspec import pytree, sampling
-from jaxspec.types import NO_TOKEN, Draft, Verdict
+from jaxspec import pytree
+from jaxspec.types import Draft, Verdict
+from jaxspec.verifiers import ratio
 
 Array: TypeAlias = jax.Array
 
@@ -22,74 +23,16 @@ class Rejection:
 
     def __call__(self, keys: Array, draft: Draft, target_log_probs: Array) -> Verdict:
         """Judges one row's draft; see `jaxspec.types.Verifier`."""
-        return verify_with_uniforms(uniforms(keys), draft, target_log_probs)
+        return self.judge(ratio.uniforms(keys), draft, target_log_probs)
 
-
-def uniforms(keys: Array) -> Array:
-    """The numbers one offset consumes, f32[K + 1, 3] in [0, 1): the test, then two to draw."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (3,), jnp.float32))(keys)
-
-
-def verify_with_uniforms(numbers: Array, draft: Draft, target_log_probs: Array) -> Verdict:
-    """The rule as a function of its randomness.
-
-    Args:
-      numbers: f32[K + 1, 3] in [0, 1): [i, 0] tests draft i, [i, 1:] draw the token at offset i.
-      draft: the row's draft.
-      target_log_probs: f32[K + 1, V].
-
-    Returns:
-      The `Verdict`.
-    """
-    accept = acceptance(numbers[:-1, 0], draft, target_log_probs)
-    num_accepted = jnp.sum(jnp.cumprod(accept.astype(jnp.int32)), dtype=jnp.int32)
-    weights = correction_weights(num_accepted, draft, target_log_probs)
-    token = sampling.draw(numbers[num_accepted, 1:], weights)
-    slots = jnp.arange(target_log_probs.shape[0])
-    drafted = jnp.concatenate([draft.tokens, jnp.full((1,), NO_TOKEN, jnp.int32)])
-    tokens = jnp.where(slots < num_accepted, drafted, NO_TOKEN)
-    return Verdict(jnp.where(slots == num_accepted, token, tokens), num_accepted)
-
-
-def acceptance(numbers: Array, draft: Draft, target_log_probs: Array) -> Array:
-    """Whether each draft passes its own test, bool[K], regardless of those before it.
-
-    Args:
-      numbers: f32[K] in [0, 1).
-      draft: the row's draft.
-      target_log_probs: f32[K + 1, V].
-    """
-    slots = jnp.arange(draft.tokens.shape[0])
-    target = target_log_probs[slots, draft.tokens]
-    # 1 - number lies in (0, 1], so that a ratio of 1 always passes and one of 0 never does.
-    thresholds = jnp.log1p(-numbers)
-    if draft.log_probs is None:
-        passes = thresholds <= target
-    else:
-        drafted = draft.log_probs[slots, draft.tokens]
-        # A token that q cannot draw is rejected; a NaN compares false.
-        passes = (thresholds <= target - drafted) & (drafted > -jnp.inf)
-    return passes & (slots < draft.length)
-
-
-def correction_weights(num_accepted: Array, draft: Draft, target_log_probs: Array) -> Array:
-    """Unnormalised law of the token behind `num_accepted` drafts, f32[V].
-
-    The target itself behind a whole draft (the bonus), else the residual max(p - q, 0); where
-    that has no mass up to rounding, or q is not a number, the target.
-    """
-    num_slots = draft.tokens.shape[0]
-    target = jnp.exp(target_log_probs[num_accepted])
-    if num_slots == 0:
-        return target
-    slot = jnp.minimum(num_accepted, num_slots - 1)
-    if draft.log_probs is None:
-        is_drafted = jnp.arange(target.shape[0]) == draft.tokens[slot]
-        residual = jnp.where(is_drafted, 0.0, target)
-    else:
-        residual = jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 0.0)
-    has_residual = (num_accepted < draft.length) & (jnp.sum(residual) > 0)
-    return jnp.where(has_residual, residual, target)
+    def judge(self, numbers: Array, draft: Draft, target_log_probs: Array) -> Verdict:
+        """The rule as a function of its randomness; see `jaxspec.verifiers.ratio.uniforms`."""
+        # 1 - number lies in (0, 1]: a ratio of 1 always passes and one of 0 never does.
+        thresholds = jnp.log1p(-numbers[:-1, 0])
+        passes = thresholds <= ratio.log_ratios(draft, target_log_probs)
+        passes = passes & (jnp.arange(passes.shape[0]) < draft.length)
+        num_accepted = jnp.sum(jnp.cumprod(passes.astype(jnp.int32)), dtype=jnp.int32)
+        return ratio.conclude(numbers, draft, target_log_probs, num_accepted)
 
 
 def rejection() -> Rejection:

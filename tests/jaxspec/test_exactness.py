@@ -1,221 +1,274 @@
-"""The exact law of one block: the shipped verifiers, enumerated; planted bugs are caught.
+"""The exact law of one block under each shipped rule, by enumeration; planted bugs are caught.
 
-Tolerance: the verifier works in float32. Each of the at most (K + 1) · (V + 1) borders of a
-piece is rounded by at most a few units of 2⁻²³, so that the total variation of the whole law
-stays below 16 · 2⁻²³ · 25 < 5e-5. The planted bugs move it by more than a hundred times that.
+Tolerance: the rules work in float32. Each of the at most (K + 1) · (V + 1) borders of a piece is
+rounded by at most a few units of 2⁻²³, so that the total variation of the whole law stays below
+16 · 2⁻²³ · 25 < 5e-5, the bound of `check_verifier`. The planted bugs move it by more than a
+hundred times that, unless they say otherwise.
 """
-
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.enumeration import BlockOracle, random_laws
 from support.mutants import mutant
 
-from jaxspec import Draft
-from jaxspec.verifiers import greedy, rejection
+from jaxspec import Draft, verifiers
+from jaxspec.testing import check_verifier
+from jaxspec.testing.enumeration import Block, emitted_laws
+from jaxspec.testing.verifier import random_laws
+from jaxspec.verifiers import ratio
 
-_TOLERANCE = 5e-5
 _CAUGHT = 5e-3
-
-_REJECTION = "jaxspec.verifiers.rejection"
-
-
-def _verify_of(module):
-    return module.verify_with_uniforms
+_RATIO = "jaxspec.verifiers.ratio"
+_RATIO_RULES = ["rejection", "block"]
 
 
-def _shipped():
-    return importlib.import_module(_REJECTION)
+def accepted(report):
+    return {case.name: case.expected_accepted for case in report.cases}
 
 
-def _laws(case, *, vocab_size=3, num_draft=2, seed=0):
-    """(target, draft laws or None, deterministic tokens or None)."""
-    zeros = {"zeros": 1}.get(case, 0)
-    target = random_laws(seed, vocab_size=vocab_size, num_draft=num_draft, zeros=zeros)
-    drafted = random_laws(seed + 100, vocab_size=vocab_size, num_draft=num_draft, zeros=zeros)
-    if case == "equal":
-        drafted = target
-    if case == "near":  # ratios around one, where a clip or a swap hides
-        drafted = {k: 0.7 * target[k] + 0.3 * drafted[k] for k in target}
-    if case == "greedy rows":
-        target = {k: np.eye(vocab_size)[np.argmax(v)] for k, v in target.items()}
-    if case == "one-hot":
-        # A token that is likely but not certain, so that both branches have mass.
-        tokens = {k: int(np.argsort(v)[-1]) for k, v in target.items()}
-        return target, None, tokens
-    return target, drafted, None
-
-
-def _distance(module, case, *, length=None, **sizes):
-    target, drafted, tokens = _laws(case, **sizes)
-    oracle = BlockOracle(_verify_of(module), target, drafted, tokens_of=tokens)
-    return oracle.distance(length)
-
-
-_CASES = ["disagreeing", "near", "equal", "zeros", "greedy rows", "one-hot"]
-
-
-@pytest.mark.parametrize("case", _CASES)
-@pytest.mark.parametrize(("vocab_size", "num_draft"), [(2, 1), (4, 1), (3, 2), (2, 3), (4, 3)])
-def test_rejection_keeps_the_target_law(case, vocab_size, num_draft):
-    if case == "zeros" and vocab_size == 2:
-        vocab_size = 3
-    distance = _distance(_shipped(), case, vocab_size=vocab_size, num_draft=num_draft)
-    assert distance < _TOLERANCE
-
-
-@pytest.mark.parametrize("length", [0, 1, 2])
-@pytest.mark.parametrize("case", ["disagreeing", "one-hot"])
-def test_rejection_keeps_the_target_law_of_short_drafts(case, length):
-    assert _distance(_shipped(), case, num_draft=3, length=length) < _TOLERANCE
-
-
-def test_equal_draft_is_accepted_whole():
-    target, _, _ = _laws("equal")
-    oracle = BlockOracle(_verify_of(_shipped()), target, target)
+@pytest.mark.parametrize("rule", _RATIO_RULES)
+@pytest.mark.parametrize(("vocab_size", "num_draft"), [(2, 1), (3, 1), (3, 2), (2, 3), (3, 3)])
+def test_the_law_is_the_target_s(rule, vocab_size, num_draft):
+    report = check_verifier(
+        getattr(verifiers, rule)(), vocab_size=vocab_size, num_draft=num_draft, seed=num_draft
+    )
+    report.assert_passed()
+    assert all(case.is_exact for case in report.cases)
+    rates = accepted(report)
     # Ratios of two equal float32 numbers are exactly one: no tolerance.
-    assert oracle.expected_accepted() == pytest.approx(2.0, abs=1e-12)
+    assert rates["equal"] == pytest.approx(num_draft, abs=1e-12)
+    assert rates["greedy, right drafts"] == num_draft
+    assert rates["greedy, wrong drafts"] == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_acceptance_is_one_minus_total_variation(seed):
-    target, drafted, _ = _laws("disagreeing", num_draft=1, seed=seed)
-    oracle = BlockOracle(_verify_of(_shipped()), target, drafted)
-    expected = 1 - 0.5 * np.abs(target[()] - drafted[()]).sum()
-    assert oracle.expected_accepted() == pytest.approx(expected, abs=_TOLERANCE)
+@pytest.mark.parametrize(("vocab_size", "num_draft"), [(2, 1), (3, 2), (2, 3)])
+def test_the_law_of_match(vocab_size, num_draft):
+    """Fails a correct program with probability 1e-6 a case; the seeds are fixed."""
+    report = check_verifier(verifiers.match(), vocab_size=vocab_size, num_draft=num_draft)
+    report.assert_passed()
+    rates = accepted(report)
+    assert rates["greedy, right drafts"] == num_draft
+    assert rates["greedy, wrong drafts"] == 0
 
 
-def test_one_hot_acceptance_is_the_target_probability():
-    target, _, tokens = _laws("one-hot", num_draft=1)
-    oracle = BlockOracle(_verify_of(_shipped()), target, tokens_of=tokens)
-    assert oracle.expected_accepted() == pytest.approx(target[()][tokens[()]], abs=_TOLERANCE)
+def test_the_law_of_greedy():
+    report = check_verifier(verifiers.greedy(), num_draft=3)
+    report.assert_passed()
+    assert len(report.cases) == 3  # those at temperature 0
+    assert report.total_variation == 0
+    assert accepted(report)["greedy, right drafts"] == 3
 
 
-def test_greedy_verifier_emits_the_argmax_chain():
-    """At temperature 0 the law is one text; the greedy verifier and rejection agree on it."""
-    target, drafted, _ = _laws("greedy rows", num_draft=3, vocab_size=4)
-
-    def by_greedy(numbers, draft, target_log_probs):
-        del numbers
-        keys = jax.random.split(jax.random.key(0), draft.tokens.shape[0] + 1)
-        return greedy()(keys, draft, target_log_probs)
-
-    oracle = BlockOracle(by_greedy, target, drafted)
-    assert oracle.distance() < 1e-12
-    by_rejection = BlockOracle(_verify_of(_shipped()), target, drafted)
-    assert by_rejection.emitted_law().keys() == oracle.emitted_law().keys()
+@pytest.mark.parametrize("rule", _RATIO_RULES)
+@pytest.mark.parametrize("seed", range(3))
+def test_acceptance_of_one_draft_is_one_minus_total_variation(rule, seed):
+    sizes = {"vocab_size": 3, "num_draft": 1}
+    target, drafted = random_laws(seed, **sizes), random_laws(seed + 100, **sizes)
+    (law,) = emitted_laws(getattr(verifiers, rule)(), [Block(target, drafted)])
+    rate = sum(mass for text, mass in law.items() if len(text) == 2)
+    assert rate == pytest.approx(1 - 0.5 * np.abs(target[()] - drafted[()]).sum(), abs=5e-5)
 
 
-def test_the_keyed_verifier_is_the_enumerated_one():
-    """`rejection()` on keys equals `verify_with_uniforms` on the uniforms of those keys."""
-    shipped = _shipped()
+@pytest.mark.parametrize("rule", _RATIO_RULES)
+def test_one_hot_acceptance_is_the_target_probability(rule):
+    target = random_laws(0, vocab_size=3, num_draft=2)
+    tokens = {text: int(np.argmax(law)) for text, law in target.items()}
+    (law,) = emitted_laws(getattr(verifiers, rule)(), [Block(target, tokens_of=tokens)])
+    first = tokens[()]
+    second = target[()][first] * target[(first,)][tokens[(first,)]]
+    expected = target[()][first] + second
+    assert sum(mass * (len(t) - 1) for t, mass in law.items()) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize(("vocab_size", "num_draft"), [(3, 2), (2, 3), (3, 3)])
+def test_block_never_accepts_fewer_than_rejection(vocab_size, num_draft):
+    """Exactly, by enumeration: sixteen random pairs of laws, and the cases of check_verifier."""
+    sizes = {"vocab_size": vocab_size, "num_draft": num_draft}
+    most = vocab_size - 2  # with one token left, both rules are one
+    pairs = [
+        Block(
+            random_laws([seed, 0], **sizes, zeros=min(seed % 2, most)),
+            random_laws([seed, 1], **sizes, zeros=min(seed // 2 % 2, most)),
+        )
+        for seed in range(16)
+    ]
+    expected = {}
+    for rule in _RATIO_RULES:
+        verifier = getattr(verifiers, rule)()
+        laws = emitted_laws(verifier, pairs)
+        rates = [sum(mass * (len(text) - 1) for text, mass in law.items()) for law in laws]
+        expected[rule] = np.array(rates + list(accepted(check_verifier(verifier, **sizes)).values()))
+    gain = expected["block"] - expected["rejection"]
+    assert (gain > -1e-6).all()  # the borders' rounding
+    assert (gain > 1e-3).sum() >= 8  # and it is not the same rule
+    # The theorem's own formula: P(tau >= i) = E_q[p_i].
+    block = pairs[0]
+    weights = np.zeros(num_draft)
+    for text, mass in block.texts():
+        weight = 1.0
+        for i, token in enumerate(text):
+            drafted = block.drafted[text[:i]][token]
+            weight = min(1.0, weight * block.target[text[:i]][token] / max(drafted, 1e-300))
+            weights[i] += mass * weight
+    assert expected["block"][0] == pytest.approx(weights.sum(), abs=5e-5)
+
+
+@pytest.mark.parametrize("rule", _RATIO_RULES)
+def test_the_keyed_rule_is_the_enumerated_one(rule):
+    """Calling a rule on keys equals its `judge` on the uniforms of those keys."""
+    verifier = getattr(verifiers, rule)()
     keys = jax.random.split(jax.random.key(7), (200, 4))
     target = jax.nn.log_softmax(jax.random.normal(jax.random.key(1), (200, 4, 5)))
     drafted = jax.nn.log_softmax(jax.random.normal(jax.random.key(2), (200, 3, 5)))
     tokens = jax.random.randint(jax.random.key(3), (200, 3), 0, 5)
     draft = Draft(tokens, drafted, jnp.full((200,), 3))
-    ours = jax.jit(jax.vmap(rejection()))(keys, draft, target)
-    numbers = np.asarray(jax.jit(jax.vmap(shipped.uniforms))(jax.random.clone(keys)))
+    ours = jax.jit(jax.vmap(verifier))(keys, draft, target)
+    numbers = np.asarray(jax.jit(jax.vmap(ratio.uniforms))(jax.random.clone(keys)))
     assert numbers.min() >= 0
     assert numbers.max() < 1
-    explicit = jax.jit(jax.vmap(shipped.verify_with_uniforms))(jnp.asarray(numbers), draft, target)
+    explicit = jax.jit(jax.vmap(verifier.judge))(jnp.asarray(numbers), draft, target)
     np.testing.assert_array_equal(ours.tokens, explicit.tokens)
     # Tests and draws are independent: no two columns of the uniforms are alike.
     correlations = np.corrcoef(numbers.reshape(200, -1), rowvar=False) - np.eye(12)
     assert np.abs(correlations).max() < 6 / np.sqrt(200)  # six standard errors
 
 
-_MUTANTS = {
+# ---------------------------------------------------------------------------------------------
+# Planted bugs: (module that is patched, old, new).
+
+_SHARED_MUTANTS = {
     "correction drawn from the target, not from the residual": (
-        "residual = jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 0.0)",
-        "residual = target",
-        "disagreeing",
+        "return jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 0.0)",
+        "return target",
     ),
     "residual |p - q|": (
-        "residual = jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 0.0)",
-        "residual = jnp.abs(target - jnp.exp(draft.log_probs[slot]))",
-        "disagreeing",
+        "return jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 0.0)",
+        "return jnp.abs(target - jnp.exp(draft.log_probs[slot]))",
     ),
     "residual with p and q swapped": (
         "jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 0.0)",
         "jnp.maximum(jnp.exp(draft.log_probs[slot]) - target, 0.0)",
-        "disagreeing",
+    ),
+    "residual clamped from below and not renormalised": (
+        "jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 0.0)",
+        "jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 1e-2)",
     ),
     "residual against the draft one position early": (
         "slot = jnp.minimum(num_accepted, num_slots - 1)",
         "slot = jnp.maximum(num_accepted - 1, 0)",
-        "disagreeing",
     ),
     "bonus drawn from a residual": (
-        "has_residual = (num_accepted < draft.length) & (jnp.sum(residual) > 0)",
-        "has_residual = jnp.sum(residual) > 0",
-        "disagreeing",
+        "is_rejected = num_accepted < draft.length",
+        "is_rejected = num_accepted < num_slots + 1",
+    ),
+    "correction of the last draft drawn as a bonus": (
+        "is_rejected = num_accepted < draft.length",
+        "is_rejected = num_accepted < draft.length - 1",
     ),
     "target read one position late in the test": (
         "target = target_log_probs[slots, draft.tokens]",
         "target = target_log_probs[slots + 1, draft.tokens]",
-        "disagreeing",
     ),
     "correction from the position before": (
-        "target = jnp.exp(target_log_probs[num_accepted])",
-        "target = jnp.exp(target_log_probs[jnp.maximum(num_accepted - 1, 0)])",
-        "disagreeing",
+        "weights = jnp.exp(target_log_probs[num_accepted])",
+        "weights = jnp.exp(target_log_probs[jnp.maximum(num_accepted - 1, 0)])",
     ),
-    "ratio upside down": (
-        "thresholds <= target - drafted",
-        "thresholds <= drafted - target",
-        "near",
-    ),
+    "ratio upside down": ("ratios = target - drafted", "ratios = drafted - target"),
     "draft probabilities rounded to bfloat16 in the test": (
         "drafted = draft.log_probs[slots, draft.tokens]",
         "drafted = draft.log_probs[slots, draft.tokens].astype(jnp.bfloat16).astype(jnp.float32)",
-        "disagreeing",
-    ),
-    "drafts behind a rejection still accepted": (
-        "num_accepted = jnp.sum(jnp.cumprod(accept.astype(jnp.int32)), dtype=jnp.int32)",
-        "num_accepted = jnp.sum(accept.astype(jnp.int32), dtype=jnp.int32)",
-        "disagreeing",
     ),
     "one-hot draft: the rejected token is drawn again": (
-        "residual = jnp.where(is_drafted, 0.0, target)",
-        "residual = target",
-        "one-hot",
+        "return jnp.where(is_drafted, 0.0, target)",
+        "return target",
     ),
-    "one-hot draft: accepted whenever possible": (
-        "passes = thresholds <= target",
-        "passes = target > -jnp.inf",
-        "one-hot",
-    ),
-    "threshold log(u) + 0.1": (
-        "thresholds = jnp.log1p(-numbers)",
-        "thresholds = jnp.log1p(-numbers) + 0.1",
-        "near",
+    "one-hot draft: accepted with 1": (
+        "return jnp.where(can_pass, ratios, -jnp.inf)",
+        "return jnp.where(can_pass, ratios if draft.log_probs is not None else 0.0, -jnp.inf)",
     ),
 }
 
+_OWN_MUTANTS = {
+    "rejection": {
+        "drafts behind a rejection still accepted": (
+            "jnp.cumprod(passes.astype(jnp.int32))",
+            "passes.astype(jnp.int32)",
+        ),
+        "threshold log(u) + 0.1": ("jnp.log1p(-numbers[:-1, 0])", "jnp.log1p(-numbers[:-1, 0])+0.1"),
+        "drafts beyond the length": (
+            "passes = passes & (jnp.arange(passes.shape[0]) < draft.length)",
+            "",
+        ),
+    },
+    "block": {
+        "product of the ratios, clipped at the end": (
+            "log_weight = jnp.minimum(log_weight + log_ratio, 0.0)\n        return log_weight, log_weight",
+            "log_weight = log_weight + log_ratio\n        return log_weight, jnp.minimum(log_weight, 0.0)",
+        ),
+        "stops at the first failure": (
+            "num_accepted = jnp.max(jnp.where(passes, lengths, 0)).astype(jnp.int32)",
+            "num_accepted = jnp.sum(jnp.cumprod(passes.astype(jnp.int32)), dtype=jnp.int32)",
+        ),
+        "residual without the weight": (
+            "log_weight = jnp.concatenate([jnp.zeros((1,)), log_weights])[num_accepted]",
+            "log_weight = 0.0",
+        ),
+        "the weight of the prefix before": (
+            "jnp.concatenate([jnp.zeros((1,)), log_weights])[num_accepted]",
+            "jnp.concatenate([jnp.zeros((2,)), log_weights])[num_accepted]",
+        ),
+        "whole draft passes as if it went on": (
+            "excess = jnp.where(is_whole, jnp.exp(log_weights), jnp.sum(left, axis=1))",
+            "excess = jnp.sum(left, axis=1)",
+        ),
+        "the longest of K slots is whole, however short the draft": (
+            "== draft.length\n    excess", "== num_slots\n    excess",
+        ),
+        "h = S": ("* (excess + lack) <= excess", "<= excess"),
+        "excess against the draft of the same slot": (
+            "behind = jnp.minimum(jnp.arange(1, num_slots + 1), num_slots - 1)",
+            "behind = jnp.arange(num_slots)",
+        ),
+        "drafts beyond the length": ("passes = passes & (lengths <= draft.length)", ""),
+    },
+}  # fmt: skip
 
-@pytest.mark.parametrize("name", _MUTANTS)
-def test_planted_bug_in_rejection_is_caught(name):
-    old, new, case = _MUTANTS[name]
-    broken = mutant(_REJECTION, (old, new))
-    threshold = 1e-4 if "bfloat16" in name else _CAUGHT
-    assert _distance(broken, case) > threshold > _TOLERANCE
+
+@pytest.mark.parametrize("rule", _RATIO_RULES)
+@pytest.mark.parametrize("name", _SHARED_MUTANTS)
+def test_planted_bug_in_what_the_rules_share_is_caught(name, rule):
+    broken = mutant(f"jaxspec.verifiers.{rule}", _SHARED_MUTANTS[name], within=_RATIO)
+    if rule == "block":  # its one-hot rule is that of rejection
+        through = mutant("jaxspec.verifiers.rejection", _SHARED_MUTANTS[name], within=_RATIO)
+        broken.rejection = through.rejection
+    report = check_verifier(getattr(broken, rule)())
+    assert not report.passed
+    assert report.total_variation > (1e-4 if "bfloat16" in name else _CAUGHT)
 
 
-def test_planted_bug_drafts_beyond_the_length_is_caught():
-    broken = mutant(_REJECTION, ("return passes & (slots < draft.length)", "return passes"))
-    assert _distance(broken, "disagreeing", num_draft=3, length=1) > _CAUGHT
+@pytest.mark.parametrize(
+    ("rule", "name"), [(rule, name) for rule, names in _OWN_MUTANTS.items() for name in names]
+)
+def test_planted_bug_in_a_rule_is_caught(rule, name):
+    broken = mutant(f"jaxspec.verifiers.{rule}", _OWN_MUTANTS[rule][name])
+    report = check_verifier(getattr(broken, rule)(), num_draft=3)
+    assert not report.passed, report
+    # A verdict that is malformed is caught before its law.
+    assert report.total_variation > _CAUGHT or "beyond" in name
 
 
-def test_planted_bug_in_greedy_is_caught():
-    broken = mutant("jaxspec.verifiers.greedy", ("best[:-1]) &", "best[1:]) &"))
-    target, drafted, _ = _laws("greedy rows", num_draft=3, vocab_size=4)
-
-    def verify(numbers, draft, target_log_probs):
-        del numbers
-        return broken.greedy()(None, draft, target_log_probs)
-
-    assert BlockOracle(verify, target, drafted).distance() > _CAUGHT
+@pytest.mark.parametrize(
+    ("rule", "patch"),
+    [
+        ("greedy", ("best[:-1]) &", "best[1:]) &")),
+        ("match", ("drawn[:-1]) &", "drawn[1:]) &")),
+        ("match", ("& (slots[:-1] < draft.length)", "")),
+        ("match", ("jnp.cumprod(matches.astype(jnp.int32))", "matches.astype(jnp.int32)")),
+        ("match", ("vmap(lambda key: drawing.gumbel_noise(key, size))(keys)",
+                   "vmap(lambda key: drawing.gumbel_noise(key, size))(keys) * 1.2")),
+    ],
+)  # fmt: skip
+def test_planted_bug_in_a_matching_rule_is_caught(rule, patch):
+    broken = mutant(f"jaxspec.verifiers.{rule}", patch)
+    assert not check_verifier(getattr(broken, rule)(), num_draft=3).passed

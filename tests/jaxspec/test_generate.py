@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tables import random_logits, table_model
+from jaxspec.testing import random_logits, table_model
 
 import jaxspec
 from jaxspec import drafters, policies, verifiers
@@ -267,7 +267,7 @@ def test_generate_under_64_bit_jax():
         import numpy as np
         jax.config.update("jax_enable_x64", sys.argv[1] == "64")
         import jaxspec
-        from support.tables import random_logits, table_model
+        from jaxspec.testing import random_logits, table_model
 
         model = table_model(random_logits(3, vocab_size=6, order=2), order=2)
         other = table_model(random_logits(4, vocab_size=6, order=2), order=2)

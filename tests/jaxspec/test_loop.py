@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tables import random_logits, table_model
+from jaxspec.testing import random_logits, table_model
 
 import jaxspec
 from jaxspec import arguments, drafters, loop, policies, pytree, status

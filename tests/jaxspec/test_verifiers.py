@@ -10,10 +10,12 @@ import pytest
 from absl.testing import parameterized
 from support.mutants import mutant
 
-from jaxspec import Draft, sampling, verifiers
+from jaxspec import Draft, verifiers
+from jaxspec.verifiers import ratio
 
 shipped = importlib.import_module("jaxspec.verifiers.rejection")
-JUDGE = jax.jit(shipped.verify_with_uniforms)
+JUDGE = jax.jit(shipped.rejection().judge)
+RATIO = "jaxspec.verifiers.ratio"
 
 
 def log(probs):
@@ -188,7 +190,7 @@ def check_rejection(module, *, vocab_size, num_draft, one_hot, rows=300, seed=0)
             cases.append((numbers, tokens, length, q, p, *out[:2]))
     numbers, tokens, length, q, p, want, accepted = (np.array(x) for x in zip(*cases, strict=True))
     draft = Draft(jnp.asarray(tokens), None if one_hot else log(q), jnp.asarray(length))
-    verdict = jax.jit(jax.vmap(module.verify_with_uniforms))(
+    verdict = jax.jit(jax.vmap(module.rejection().judge))(
         jnp.asarray(numbers, jnp.float32), draft, log(p)
     )
     np.testing.assert_array_equal(verdict.num_accepted, accepted)
@@ -202,24 +204,25 @@ def test_rejection_is_the_reference(vocab_size, num_draft, one_hot):
 
 
 @pytest.mark.parametrize(
-    ("patch", "one_hot"),
+    ("within", "patch", "one_hot"),
     [
-        ((" & (slots < draft.length)", ""), True),  # garbage slots accepted
-        (("jnp.where(is_drafted, 0.0, target)", "target"), True),  # the rejected token again
-        (("jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 0.0)", "target"), False),
-        (("(num_accepted < draft.length) &", "(num_accepted < num_slots) &"), False),
-        (("jnp.cumprod(accept.astype(jnp.int32))", "accept.astype(jnp.int32)"), False),
-        (("target_log_probs[slots, draft", "target_log_probs[slots + 1, draft"), False),
-        ((" & (drafted > -jnp.inf)", ""), False),
-        (("jnp.exp(target_log_probs[num_accepted])", "jnp.exp(target_log_probs[-1])"), True),
-        (("slots < num_accepted, drafted", "slots < draft.length, drafted"), False),
-        (("slots == num_accepted, token", "slots == draft.length, token"), False),
+        # garbage slots accepted; drafts behind a rejection accepted
+        (None, ("passes & (jnp.arange(passes.shape[0]) < draft.length)", "passes"), True),
+        (None, ("jnp.cumprod(passes.astype(jnp.int32))", "passes.astype(jnp.int32)"), False),
+        (RATIO, ("jnp.where(is_drafted, 0.0, target)", "target"), True),  # the same token again
+        (RATIO, ("jnp.maximum(target - jnp.exp(draft.log_probs[slot]), 0.0)", "target"), False),
+        (RATIO, ("= num_accepted < draft.length", "= num_accepted < num_slots"), False),
+        (RATIO, ("target_log_probs[slots, draft", "target_log_probs[slots + 1, draft"), False),
+        (RATIO, ("(drafted > -jnp.inf) & ", ""), False),
+        (RATIO, ("jnp.exp(target_log_probs[num_accepted])", "jnp.exp(target_log_probs[-1])"), True),
+        (RATIO, ("slots < num_accepted, drafted", "slots < draft.length, drafted"), False),
+        (RATIO, ("slots == num_accepted, token", "slots == draft.length, token"), False),
     ],
 )
-def test_planted_bugs_are_seen(patch, one_hot):
+def test_planted_bugs_are_seen(within, patch, one_hot):
     with pytest.raises(AssertionError):
         check_rejection(
-            mutant("jaxspec.verifiers.rejection", patch),
+            mutant("jaxspec.verifiers.rejection", patch, within=within),
             vocab_size=5,
             num_draft=4,
             one_hot=one_hot,
@@ -242,7 +245,7 @@ def test_acceptance_rate_is_one_minus_total_variation():
     rate = 1 - 0.5 * np.abs(p - q).sum()
     bound = 5 * np.sqrt(rate * (1 - rate) / draws)
     assert abs(acceptance_rate(shipped, p, q, draws) - rate) < bound
-    lenient = mutant("jaxspec.verifiers.rejection", ("log1p(-numbers)", "log1p(-numbers) - 0.3"))
+    lenient = mutant("jaxspec.verifiers.rejection", ("log1p(-numbers[:-1, 0])", "log1p(-numbers[:-1, 0]) - 0.3"))
     assert abs(acceptance_rate(lenient, p, q, draws) - rate) > bound
 
 
@@ -305,10 +308,9 @@ class VariantsTest(chex.TestCase):
 
 
 def test_each_offset_consumes_its_own_key():
-    numbers = shipped.uniforms(keys(3))
+    numbers = ratio.uniforms(keys(3))
     assert numbers.shape == (3, 3)
     assert len(np.unique(numbers)) == 9
     draft = draft_of([0, 1], Q)
     via_keys = verifiers.rejection()(keys(3), draft, log(P))
-    chex.assert_trees_all_equal(via_keys, shipped.verify_with_uniforms(numbers, draft, log(P)))
-    assert sampling.draw is shipped.sampling.draw
+    chex.assert_trees_all_equal(via_keys, verifiers.rejection().judge(numbers, draft, log(P)))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.tables import table_model
+from jaxspec.testing import table_model
 
 import jaxspec
 from jaxspec_models import llama

@@ -11,11 +11,27 @@ import types
 _count = itertools.count()
 
 
-def mutant(module_name: str, *patches: tuple[str, str]) -> types.ModuleType:
+def mutant(
+    module_name: str, *patches: tuple[str, str], within: str | None = None
+) -> types.ModuleType:
     """A copy of a shipped module with strings replaced.
 
     Each string must occur exactly once, so that a mutant cannot go stale unseen.
+
+    Args:
+      module_name: the module that is wanted.
+      patches: (old, new) strings.
+      within: the module that is patched, where it is one that `module_name` uses; the copy of
+        `module_name` uses the patched one then.
     """
+    if within is not None:
+        inner, outer = mutant(within, *patches), mutant(module_name)
+        shipped = sys.modules[within]
+        names = [name for name, value in vars(outer).items() if value is shipped]
+        assert names, f"{module_name} does not use {within}"
+        for name in names:
+            setattr(outer, name, inner)
+        return outer
     source = inspect.getsource(importlib.import_module(module_name))
     for old, new in patches:
         assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module_name}"

@@ -1,4 +1,4 @@
-"""`sampling.draw`: the inverse CDF, its edges, and its law."""
+"""`drawing.draw`: the inverse CDF, its edges, and its law."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.mutants import mutant
 
-from jaxspec import sampling
+from jaxspec import drawing
 
 _LAST = np.float32(1 - 2**-23)  # the largest uniform that JAX makes
 
@@ -63,13 +63,13 @@ def sparse_weights(rng, size, share=0.5):
 def test_never_an_index_of_weight_zero(size):
     rng = np.random.default_rng(size)
     for share in (0.5, 0.97):
-        check_never_an_index_of_weight_zero(sampling, sparse_weights(rng, size, share))
+        check_never_an_index_of_weight_zero(drawing, sparse_weights(rng, size, share))
     ends_in_zeros = sparse_weights(rng, size)
     ends_in_zeros[size // 2 + 1 :] = 0
-    check_never_an_index_of_weight_zero(sampling, ends_in_zeros)
+    check_never_an_index_of_weight_zero(drawing, ends_in_zeros)
     last_only = np.zeros(size, np.float32)
     last_only[-1] = 1e-3
-    check_never_an_index_of_weight_zero(sampling, last_only)
+    check_never_an_index_of_weight_zero(drawing, last_only)
 
 
 def test_whole_blocks_of_zeros():
@@ -78,7 +78,7 @@ def test_whole_blocks_of_zeros():
         blocks = sparse_weights(rng, 9 * 256).reshape(9, 256)
         blocks[np.random.default_rng(seed).permutation(9)[:6]] = 0
         blocks[seed, 17] = 0.2
-        check_never_an_index_of_weight_zero(sampling, blocks.reshape(-1)[: 9 * 256 - 3])
+        check_never_an_index_of_weight_zero(drawing, blocks.reshape(-1)[: 9 * 256 - 3])
 
 
 @pytest.mark.parametrize("num_blocks", [257, 501])
@@ -92,7 +92,7 @@ def test_vocabularies_of_many_blocks(num_blocks):
         weights = np.zeros(num_blocks * 256, np.float32)
         weights[::256] = sparse_weights(rng, num_blocks)
         weights /= weights.sum()
-        check_never_an_index_of_weight_zero(sampling, weights)
+        check_never_an_index_of_weight_zero(drawing, weights)
 
 
 def test_denormal_weights_beside_others():
@@ -101,10 +101,10 @@ def test_denormal_weights_beside_others():
     weights = sparse_weights(rng, 700)
     weights[rng.random(700) < 0.3] = 1e-42
     weights[600:] = 0
-    check_never_an_index_of_weight_zero(sampling, weights)
+    check_never_an_index_of_weight_zero(drawing, weights)
     smallest = np.zeros(300, np.float32)
     smallest[[7, 290]] = np.finfo(np.float32).tiny
-    check_never_an_index_of_weight_zero(sampling, smallest)
+    check_never_an_index_of_weight_zero(drawing, smallest)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def check_law(module, weights, *, points=4096):
 
 @pytest.mark.parametrize("size", [2, 256, 700])
 def test_the_law_is_the_weights(size):
-    check_law(sampling, sparse_weights(np.random.default_rng(size), size))
-    check_law(sampling, np.ones(size, np.float32))
+    check_law(drawing, sparse_weights(np.random.default_rng(size), size))
+    check_law(drawing, np.ones(size, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -150,14 +150,14 @@ def test_the_law_is_the_weights(size):
 )
 def test_planted_bugs_change_the_law(patch):
     with pytest.raises(AssertionError):
-        check_law(mutant("jaxspec.sampling", patch), sparse_weights(np.random.default_rng(0), 700))
+        check_law(mutant("jaxspec.drawing", patch), sparse_weights(np.random.default_rng(0), 700))
 
 
 def test_a_planted_bug_draws_a_weight_of_zero():
     weights = np.array([0.0, 1.0, 0.0, 3.0], np.float32)
-    check_never_an_index_of_weight_zero(sampling, weights)
+    check_never_an_index_of_weight_zero(drawing, weights)
     weak = mutant(
-        "jaxspec.sampling",
+        "jaxspec.drawing",
         (
             "is_beyond = (cumulative > uniform * cumulative[-1]) & can_be_drawn",
             "is_beyond = cumulative >= uniform * cumulative[-1]",
@@ -172,14 +172,14 @@ def test_weights_need_not_be_normalised():
     rng = np.random.default_rng(6)
     weights = sparse_weights(rng, 300)
     uniforms = rng.random((4096, 2)).astype(np.float32)
-    tokens = draw_many(sampling, uniforms, weights)
+    tokens = draw_many(drawing, uniforms, weights)
     for power in (-80, -1, 1, 100):
         scaled = np.ldexp(weights, power)
-        np.testing.assert_array_equal(draw_many(sampling, uniforms, scaled), tokens)
+        np.testing.assert_array_equal(draw_many(drawing, uniforms, scaled), tokens)
 
 
 def test_by_hand_with_and_without_jit():
     weights = jnp.array([0.0, 1.0, 0.0, 3.0])
-    for function in (sampling.draw, jax.jit(sampling.draw)):
+    for function in (drawing.draw, jax.jit(drawing.draw)):
         for uniform, expected in ((0.0, 1), (0.24, 1), (0.25, 3), (0.99, 3), (_LAST, 3)):
             assert int(function(jnp.array([0.7, uniform], jnp.float32), weights)) == expected

@@ -1,0 +1,379 @@
+"""Does a drafter keep its contract? Its drafts, taken from the shipped loop, put to the test."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import arguments, loop, policies, pytree
+from jaxspec.sampling import Sampling
+from jaxspec.testing.comparison import FALSE_ALARM, chi_square_p_value
+from jaxspec.testing.lossless import per_prompt
+from jaxspec.types import NO_TOKEN, Context, Draft, Drafter, LanguageModel, Outcome, Verdict
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_NUM_ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterReport:
+    """What `check_drafter` found.
+
+    Attributes:
+      problems: what breaks the contract; empty: nothing.
+      is_deterministic: whether the drafts are point masses.
+      mean_length: drafted tokens a round.
+      p_values: {(round, slot): p-value of the drafted tokens under the reported q}.
+    """
+
+    problems: tuple[str, ...]
+    is_deterministic: bool
+    mean_length: float
+    p_values: dict[tuple[int, int], float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+    def assert_passed(self) -> None:
+        """Raises AssertionError with the whole report, unless `passed`."""
+        if not self.passed:
+            raise AssertionError(str(self))
+
+    def __str__(self) -> str:
+        """The problems, and the p-value of each round and slot."""
+        kind = "deterministic" if self.is_deterministic else "sampled"
+        lines = [
+            f"check_drafter {'passed' if self.passed else 'FAILED'}: {kind} drafts of "
+            f"{self.mean_length:.2f} tokens"
+        ]
+        lines += [f"problem: {problem}" for problem in self.problems]
+        lines += [
+            f"round {number} slot {slot}: p = {p:.2g}"
+            for (number, slot), p in self.p_values.items()
+        ]
+        return "\n".join(lines)
+
+
+class _FormError(Exception):
+    """A shape or a dtype breaks the contract: nothing else can be checked."""
+
+
+class _Recorded(NamedTuple):
+    inner: Any
+    draft: Draft | None
+
+
+@pytree.dataclass
+class _Recorder:
+    """A drafter that keeps what another one proposed, and checks its form while tracing."""
+
+    inner: Any
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        return self.inner.hidden_layers
+
+    def init(self, batch: int, capacity: int) -> _Recorded:
+        return _Recorded(self.inner.init(batch, capacity), None)
+
+    def prefill(
+        self, state: _Recorded, tokens: Any, hidden: Any, start: Any, num_new: Any
+    ) -> _Recorded:
+        new = self.inner.prefill(state.inner, tokens, hidden, start, num_new)
+        _check_state("prefill", state.inner, new)
+        return _Recorded(new, None)
+
+    def propose(
+        self,
+        keys: jax.Array,
+        state: _Recorded,
+        context: Context,
+        num_draft: jax.Array,
+        keep_drafting: Callable[..., Any],
+    ) -> tuple[Draft, _Recorded]:
+        draft, new = self.inner.propose(keys, state.inner, context, num_draft, keep_drafting)
+        _check_state("propose", state.inner, new)
+        _check_form(draft, keys.shape)
+        return draft, _Recorded(new, draft)
+
+    def commit(self, state: _Recorded, outcome: Outcome) -> _Recorded:
+        new = self.inner.commit(state.inner, outcome)
+        _check_state("commit", state.inner, new)
+        return _Recorded(new, state.draft)
+
+
+def _check_state(method: str, old: Any, new: Any) -> None:
+    """The loop carries the state: its structure, shapes and dtypes must not change."""
+
+    def form(state: Any) -> Any:
+        return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), state)
+
+    if jax.tree.structure(old) != jax.tree.structure(new) or form(old) != form(new):
+        raise _FormError(
+            f"{method} changes the form of the drafter's state, from {form(old)} to {form(new)}; "
+            "the loop needs the same pytree, shapes and dtypes throughout"
+        )
+
+
+def _check_form(draft: Any, shape: tuple[int, int]) -> None:
+    batch, num_slots = shape
+    if not isinstance(draft, Draft):
+        raise _FormError(f"propose must return (jaxspec.Draft, state), got {type(draft).__name__}")
+    for name, wanted in (("tokens", (batch, num_slots)), ("length", (batch,))):
+        array = getattr(draft, name)
+        if jnp.shape(array) != wanted or jnp.result_type(array) != jnp.int32:
+            raise _FormError(
+                f"Draft.{name} must be i32{list(wanted)} (B = {batch} rows, K = {num_slots} "
+                f"slots), got {jnp.result_type(array)}{list(jnp.shape(array))}"
+            )
+    if draft.log_probs is not None and (
+        draft.log_probs.ndim != 3
+        or draft.log_probs.shape[:2] != (batch, num_slots)
+        or draft.log_probs.dtype != jnp.float32
+    ):
+        raise _FormError(
+            f"Draft.log_probs must be f32[{batch}, {num_slots}, V] or None, got "
+            f"{draft.log_probs.dtype}{list(draft.log_probs.shape)}"
+        )
+
+
+@pytree.dataclass
+class _Scripted:
+    """A rule that accepts so many drafts and then says token 0: every row's text is known."""
+
+    num_accepted: Any
+
+    guarantee = "none"
+
+    def __call__(self, keys: Any, draft: Draft, target_log_probs: Any) -> Verdict:
+        del keys
+        count = jnp.minimum(jnp.asarray(self.num_accepted, jnp.int32), draft.length)
+        slots = jnp.arange(target_log_probs.shape[0])
+        drafted = jnp.concatenate([draft.tokens, jnp.zeros((1,), jnp.int32)])
+        tokens = jnp.where(slots < count, drafted, NO_TOKEN)
+        return Verdict(jnp.where(slots == count, 0, tokens), count)
+
+
+_one_round = jax.jit(loop.one_round)
+_prefill = jax.jit(loop.prefill, static_argnames="max_new_tokens")
+
+
+def check_drafter(
+    drafter: Drafter,
+    target: LanguageModel,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    *,
+    prompts: Sequence[Sequence[int]] = ((0,), (1, 0, 1)),
+    num_draft_tokens: int = 3,
+    num_samples: int = 20_000,
+    false_alarm: float = FALSE_ALARM,
+    key: Any = None,
+) -> DrafterReport:
+    """Puts a drafter through three rounds of the loop and tests what it proposes.
+
+    - **Form**: shapes and dtypes of the `Draft`, a state that keeps its form, no more drafts than
+      asked for, ids inside the vocabulary, a q that is normalised.
+    - **The q it reports is the q it samples**: among rows with one text, the drafts at each slot
+      have the reported law, given the drafts before them. Tokens dropped for their own value show
+      here, too: what is left of a slot then has another law.
+    - **Batch independence**: a row drafts the same alone, with its own key.
+
+    Between the rounds none and then all of the drafts are accepted, so that states that were
+    rolled back and caches that lag are seen. It does not tell whether the drafts are any good;
+    and a drafter that passes is exact under every lossless rule, which `check_lossless` shows.
+
+    Args:
+      drafter: the drafter.
+      target: a small model over the same vocabulary.
+      sampling: the target's options: numbers, or arrays with one element for each prompt.
+      prompts: token ids, one list a prompt.
+      num_draft_tokens: K.
+      num_samples: rows for each prompt.
+      false_alarm: the probability with which a correct drafter fails each test of a slot.
+      key: a PRNG key; None: `jax.random.key(0)`.
+
+    Returns:
+      A `DrafterReport`.
+
+    Raises:
+      ValueError: the arguments are refused by `generate`.
+
+    Example:
+      >>> import jaxspec
+      >>> from jaxspec.testing import random_logits, table_model
+      >>> lm = table_model(random_logits(0, vocab_size=3, order=1), order=1)
+      >>> check_drafter(jaxspec.drafters.model(lm), lm).passed
+      True
+    """
+    key = jax.random.key(0) if key is None else key
+    num_rows = num_samples * len(prompts)
+    call = _Call(drafter, target, sampling, prompts, num_draft_tokens)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(num_rows))
+    try:
+        rounds = call.rounds(keys, np.arange(num_rows))
+    except _FormError as error:
+        return DrafterReport((str(error),), False, 0.0, {})
+    problems: list[str] = []
+    p_values: dict[tuple[int, int], float] = {}
+    for number, (texts, asked, draft) in enumerate(rounds):
+        problems += _form_problems(number, draft, asked, target.vocab_size)
+        if draft.log_probs is not None:
+            for slot, p in enumerate(_law_p_values(texts, draft)):
+                p_values[number, slot] = p
+                if p <= false_alarm:
+                    problems.append(
+                        f"round {number}, slot {slot}: the drafts do not have the q that is "
+                        "reported for them: sampled from another law, from numbers used before, "
+                        "or dropped for their own value"
+                    )
+    # The last rows, whose neighbours below and above differ.
+    for row in range(num_rows - len(prompts), num_rows):
+        alone = call.rounds(keys[row : row + 1], np.array([row]))
+        together = [(texts[[row]], asked[[row]], _rows(draft, row)) for texts, asked, draft in rounds]
+        if problem := _difference(alone, together):
+            problems.append(problem)
+            break
+    lengths = [np.asarray(draft.length).mean() for _, _, draft in rounds]
+    return DrafterReport(
+        tuple(dict.fromkeys(problems)),
+        rounds[0][2].log_probs is None,
+        float(np.mean(lengths)),
+        p_values,
+    )
+
+
+_Round: TypeAlias = tuple[Array, Array, Draft]
+
+
+class _Call:
+    """The loop, ready to run any of the rows."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: LanguageModel,
+        sampling: Sampling,
+        prompts: Sequence[Sequence[int]],
+        num_draft_tokens: int,
+    ):
+        self.drafter, self.target, self.sampling = drafter, target, sampling
+        self.num_draft_tokens = num_draft_tokens
+        self.max_new_tokens = _NUM_ROUNDS * (num_draft_tokens + 1)
+        self.lengths = np.array([len(prompt) for prompt in prompts])
+        self.prompts = np.zeros((len(prompts), int(self.lengths.max())), np.int32)
+        for i, prompt in enumerate(prompts):
+            self.prompts[i, : len(prompt)] = prompt
+
+    def rounds(self, keys: jax.Array, rows: Array) -> list[_Round]:
+        """(text before the round, drafts asked for, draft) of each round, for some rows.
+
+        Args:
+          keys: key[B], one for each of the rows.
+          rows: i[B], the rows' numbers, which decide about prompt and draft length.
+        """
+        kind = rows % len(self.lengths)
+        # Every eighth row drafts less, from nothing up.
+        asked = np.where(
+            rows % 8 == 7, rows // 8 % self.num_draft_tokens, self.num_draft_tokens
+        ).astype(np.int32)
+        prepared = arguments.prepare(
+            self.target,
+            self.prompts[kind],
+            prompt_lengths=self.lengths[kind],
+            drafter=_Recorder(self.drafter),
+            verifier=_Scripted(jnp.int32(0)),
+            policy=policies.fixed(jnp.asarray(asked)),
+            sampling=per_prompt(self.sampling, kind, len(self.lengths)),
+            max_new_tokens=self.max_new_tokens,
+            num_draft_tokens=self.num_draft_tokens,
+            eos_ids=(),
+            key=keys,
+        )
+        state = _prefill(
+            prepared.engine, prepared.request, prepared.prompts, max_new_tokens=self.max_new_tokens
+        )
+        rounds = []
+        for number in range(_NUM_ROUNDS):
+            tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
+            is_text = np.arange(tokens.shape[1])[None] < lengths[:, None]
+            engine = dataclasses.replace(
+                prepared.engine,
+                verifier=_Scripted(jnp.int32(self.num_draft_tokens * (number % 2))),
+            )
+            state = _one_round(engine, prepared.request, state)
+            draft = state.drafter.draft
+            rounds.append((np.where(is_text, tokens, -1), asked, draft))
+        return rounds
+
+
+def _rows(draft: Draft, row: int) -> Draft:
+    return jax.tree.map(lambda x: x[row : row + 1], draft)
+
+
+def _form_problems(number: int, draft: Draft, asked: Array, vocab_size: int) -> list[str]:
+    problems = []
+    lengths, tokens = np.asarray(draft.length), np.asarray(draft.tokens)
+    if (lengths < 0).any() or (lengths > asked).any():
+        problems.append(f"round {number}: more drafts than num_draft asked for, or fewer than none")
+    is_drafted = np.arange(tokens.shape[1])[None] < lengths[:, None]
+    if ((tokens < 0) | (tokens >= vocab_size))[is_drafted].any():
+        problems.append(f"round {number}: drafted ids outside 0 … {vocab_size - 1}")
+    if draft.log_probs is not None:
+        if draft.log_probs.shape[2] != vocab_size:
+            problems.append(f"Draft.log_probs is not {vocab_size} tokens wide, the target's V")
+            return problems
+        total = np.exp(np.asarray(draft.log_probs, np.float64)).sum(axis=2)
+        if not (np.abs(total - 1)[is_drafted] < 1e-4).all():
+            problems.append(
+                f"round {number}: exp(log_probs) does not sum to 1 at every drafted slot"
+            )
+    return problems
+
+
+def _law_p_values(texts: Array, draft: Draft) -> list[float]:
+    """For each slot, the p-value of the drafted tokens under their reported laws."""
+    tokens, lengths = np.asarray(draft.tokens), np.asarray(draft.length)
+    probs = np.exp(np.asarray(draft.log_probs, np.float64))
+    vocab_size = probs.shape[2]
+    p_values = []
+    for slot in range(tokens.shape[1]):
+        rows = np.flatnonzero(lengths > slot)
+        if len(rows) == 0:
+            p_values.append(1.0)
+            continue
+        # Rows of one text and one drafted prefix; each with its own q, mostly the same.
+        history = np.c_[texts[rows], tokens[rows, :slot]]
+        group = np.unique(history, axis=0, return_inverse=True)[1].ravel()
+        num_groups = int(group.max()) + 1
+        expected = np.zeros((num_groups, vocab_size))
+        observed = np.zeros((num_groups, vocab_size))
+        np.add.at(expected, group, np.nan_to_num(probs[rows, slot]))
+        np.add.at(observed, (group, np.clip(tokens[rows, slot], 0, vocab_size - 1)), 1.0)
+        p_values.append(chi_square_p_value(observed, expected))
+    return p_values
+
+
+def _difference(alone: list[_Round], together: list[_Round]) -> str:
+    """How a row alone drafts otherwise than in the batch, or nothing."""
+    for number, (first, second) in enumerate(zip(alone, together, strict=True)):
+        length = int(first[2].length[0])
+        if length != int(second[2].length[0]):
+            what = "another number of drafts"
+        elif (first[2].tokens[0] != second[2].tokens[0])[:length].any():
+            what = "other drafts"
+        elif first[2].log_probs is not None and not np.allclose(
+            first[2].log_probs[0, :length], second[2].log_probs[0, :length], atol=1e-4
+        ):
+            what = "another q"
+        else:
+            continue
+        return f"round {number}: a row alone has {what} than in a batch, with the same key"
+    return ""

@@ -1,0 +1,237 @@
+"""The exact law of one verified block, by calling a rule on explicit uniforms.
+
+A verdict is piecewise constant in its uniforms. For every possible draft, the borders of the
+pieces are found by bisection through the rule itself, and the pieces' volumes added up in
+float64: no sampling, and no second implementation of the rule.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.testing.oracle import Law, Text
+from jaxspec.types import Draft, Verdict
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Laws: TypeAlias = Mapping[Text, Array]
+
+_ALMOST_ONE = np.float32(1 - 2.0**-23)  # the largest number that jax.random.uniform returns
+_STEPS = 24
+
+
+@jax.jit
+def _judge(verifier: Any, numbers: jax.Array, draft: Draft, target: jax.Array) -> Verdict:
+    return jax.vmap(verifier.judge)(numbers, draft, target)
+
+
+class Block:
+    """The drafts of one block: their laws, the target's, and every text they can make.
+
+    Args:
+      target: {prefix: float64[V]} for every prefix of up to K tokens.
+      drafted: the same for the draft's law q; None: `tokens_of` gives a deterministic draft.
+      tokens_of: {prefix: token}, for deterministic drafts.
+      length: how many of the K slots are drafted; None: all.
+    """
+
+    def __init__(
+        self,
+        target: Laws,
+        drafted: Laws | None = None,
+        *,
+        tokens_of: Mapping[Text, int] | None = None,
+        length: int | None = None,
+    ):
+        self.target, self.drafted, self.tokens_of = target, drafted, tokens_of
+        self.vocab_size = len(target[()])
+        self.num_draft = max(len(prefix) for prefix in target)
+        self.length = self.num_draft if length is None else length
+
+    def texts(self) -> list[tuple[Text, float]]:
+        """Every possible draft with its probability."""
+        if self.drafted is None:
+            assert self.tokens_of is not None
+            text: Text = ()
+            for _ in range(self.num_draft):
+                text += (self.tokens_of[text],)
+            return [(text, 1.0)]
+        drafted = self.drafted
+        texts = []
+        for text in itertools.product(range(self.vocab_size), repeat=self.num_draft):
+            # Impossible drafts stay, with mass 0: every law of a size shares one program.
+            mass = np.prod([drafted[text[:i]][x] for i, x in enumerate(text)])
+            texts.append((text, float(mass)))
+        return texts
+
+    def arrays(self, texts: list[Text]) -> tuple[Draft, jax.Array]:
+        """The `Draft` and the target's log-probabilities f32[R, K + 1, V] of R texts."""
+        size = self.num_draft
+        with np.errstate(divide="ignore"):
+            target = np.log([[self.target[t[:i]] for i in range(size + 1)] for t in texts])
+            drafted = None
+            if self.drafted is not None:
+                laws = [[self.drafted[t[:i]] for i in range(size)] for t in texts]
+                drafted = jnp.asarray(np.log(laws), jnp.float32)
+        draft = Draft(
+            jnp.asarray(texts, jnp.int32).reshape(len(texts), size),
+            drafted,
+            jnp.full((len(texts),), self.length, jnp.int32),
+        )
+        return draft, jnp.asarray(target, jnp.float32)
+
+    def completed(self, emitted: Mapping[Text, float]) -> Law:
+        """Emitted texts, carried on to K + 1 tokens by the target itself."""
+        law: Law = {}
+
+        def extend(text: Text, mass: float) -> None:
+            if len(text) == self.num_draft + 1:
+                law[text] = law.get(text, 0.0) + mass
+                return
+            for token, prob in enumerate(self.target[text].tolist()):
+                if prob > 0:
+                    extend((*text, token), mass * prob)
+
+        for text, mass in emitted.items():
+            extend(text, mass)
+        return law
+
+    def target_law(self) -> Law:
+        """The target's own law of K + 1 tokens."""
+        return self.completed({(): 1.0})
+
+
+def emitted_laws(verifier: Any, blocks: Sequence[Block]) -> list[Law]:
+    """{tokens that one block emits: probability}, exactly, up to the borders' rounding.
+
+    Args:
+      verifier: a rule with a `judge`, see `jaxspec.types.Verifier`.
+      blocks: of one V and K, all with sampled or all with deterministic drafts.
+
+    Returns:
+      A law for each block.
+
+    Raises:
+      ValueError: the rule does not work as described.
+    """
+    size, vocab_size = blocks[0].num_draft, blocks[0].vocab_size
+    owners, masses, parts = [], [], []
+    for number, block in enumerate(blocks):
+        texts = block.texts()
+        owners += [number] * len(texts)
+        masses += [mass for _, mass in texts]
+        parts.append(block.arrays([text for text, _ in texts]))
+    draft, target = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+    rows = len(owners)
+
+    def run(numbers: Array) -> tuple[Array, Array]:
+        verdict = _judge(verifier, jnp.asarray(numbers), draft, target)
+        return np.asarray(verdict.tokens), np.asarray(verdict.num_accepted)
+
+    borders = _test_borders(run, rows, size)
+    laws: list[Law] = [{} for _ in blocks]
+    # Every combination of passed and failed tests, also behind the first failure.
+    for passed in itertools.product([False, True], repeat=size):
+        numbers = np.full((rows, size + 1, 3), 0.5, np.float32)
+        volume = np.array(masses)
+        for i, does_pass in enumerate(passed):
+            border = borders[:, i]
+            inside = (border + 1) / 2 if does_pass else border / 2
+            numbers[:, i, 0] = np.minimum(inside, _ALMOST_ONE)
+            volume = volume * ((1 - border) if does_pass else border)
+        for owner, text, mass in _split_by_token(run, numbers, volume, vocab_size):
+            law = laws[owners[owner]]
+            law[text] = law.get(text, 0.0) + mass
+    _check_pieces(run, borders)
+    return laws
+
+
+def _test_borders(run: Callable[[Array], tuple[Array, Array]], rows: int, size: int) -> Array:
+    """Where each draft's test turns from failing to passing, float64[rows, K]; 1: never.
+
+    A test may be hidden while others pass or fail (the first failure ends `rejection`, the last
+    success decides `block`), so each border is looked for in every combination of the others.
+    """
+    borders = np.full((rows, size), np.nan)
+    for i in range(size):
+        for others in itertools.product([0.0, float(_ALMOST_ONE)], repeat=size - 1):
+            numbers = np.full((rows, size + 1, 3), 0.5, np.float32)
+            numbers[:, [j for j in range(size) if j != i], 0] = others
+
+            def count(u: Array, i: int = i, numbers: Array = numbers) -> Array:
+                at = numbers.copy()
+                at[:, i, 0] = u
+                return run(at)[1]
+
+            lowest, highest = count(np.zeros(rows)), count(np.full(rows, _ALMOST_ONE))
+            changes = lowest != highest
+            if changes.any():
+                found = _smallest(lambda u, low=lowest: count(u) != low, rows)
+                borders[:, i] = np.where(changes & np.isnan(borders[:, i]), found, borders[:, i])
+    # A test that never shows decides nothing: passing and failing are the same.
+    return np.where(np.isnan(borders), 0.0, borders)
+
+
+def _smallest(holds: Callable[[Array], Array], rows: int) -> Array:
+    """The border of a monotone condition in [0, 1), float64[rows]; 1 where it never holds."""
+    low, high = np.zeros(rows), np.ones(rows)
+    never = ~holds(np.full(rows, _ALMOST_ONE, np.float32))
+    always = holds(np.zeros(rows, np.float32))
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        is_above = holds(np.minimum(middle, _ALMOST_ONE).astype(np.float32))
+        high, low = np.where(is_above, middle, high), np.where(is_above, low, middle)
+    return np.where(never, 1.0, np.where(always, 0.0, high))
+
+
+def _split_by_token(
+    run: Callable[[Array], tuple[Array, Array]], numbers: Array, volume: Array, vocab_size: int
+) -> Iterator[tuple[int, Text, float]]:
+    """Splits each row's piece by the token drawn at its end: (row, emitted text, mass)."""
+    rows = len(volume)
+
+    def last_token(u: Array) -> Array:
+        at = numbers.copy()
+        at[:, :, 2] = u[:, None]
+        tokens, count = run(at)
+        return tokens[np.arange(rows), count]
+
+    borders = [np.zeros(rows)]
+    for token in range(vocab_size - 1):
+        borders.append(_smallest(lambda u, t=token: last_token(u) > t, rows))
+    borders.append(np.ones(rows))
+    for first, end in itertools.pairwise(borders):
+        at = numbers.copy()
+        at[:, :, 2] = np.minimum((first + end) / 2, _ALMOST_ONE)[:, None]
+        tokens, count = run(at)
+        for row in range(rows):
+            mass = volume[row] * (end[row] - first[row])
+            if mass > 0:
+                yield row, tuple(tokens[row, : count[row] + 1].tolist()), float(mass)
+
+
+def _check_pieces(run: Callable[[Array], tuple[Array, Array]], borders: Array) -> None:
+    """The count must be constant inside each piece: tried at random points."""
+    rng = np.random.default_rng(0)
+    rows, size = borders.shape
+    for _ in range(16):
+        numbers = rng.random((rows, size + 1, 3)).astype(np.float32)
+        numbers = np.minimum(numbers, _ALMOST_ONE)
+        centre = numbers.copy()
+        for i in range(size):
+            border = borders[:, i]
+            passes = numbers[:, i, 0] > border
+            inside = np.where(passes, (border + 1) / 2, border / 2)
+            is_clear = np.abs(numbers[:, i, 0] - border) > 1e-6
+            centre[:, i, 0] = np.where(is_clear, np.minimum(inside, _ALMOST_ONE), numbers[:, i, 0])
+        if (run(numbers)[1] != run(centre)[1]).any():
+            raise ValueError(
+                "the rule's judge cannot be enumerated: number [i, 0] must decide about draft i "
+                "alone, failing below one border and passing above it. Leave judge out; the law "
+                "is then sampled."
+            )

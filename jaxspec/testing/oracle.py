@@ -1,0 +1,178 @@
+"""The exact law of a target's texts, in float64 NumPy: an implementation apart from the loop's.
+
+Nothing here is shared with `jaxspec.sampling`: options are applied with sorts, token by token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.sampling import Sampling
+from jaxspec.types import LanguageModel
+
+Text: TypeAlias = tuple[int, ...]
+Law: TypeAlias = dict[Text, float]
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_MOST_TEXTS = 20_000
+
+
+@jax.jit
+def _forward(lm: LanguageModel, tokens: jax.Array) -> jax.Array:
+    """Logits [B, T, V] of whole texts, fed at once into an empty cache."""
+    batch, length = tokens.shape
+    cache = lm.init_cache(batch, length, length)
+    start = jnp.zeros((batch,), jnp.int32)
+    return lm.forward(tokens, cache, start=start, num_new=jnp.full((batch,), length))[0].logits
+
+
+class Oracle:
+    """Everything about one row's texts of up to `num_tokens` tokens, exactly.
+
+    Args:
+      target: the model; each text is fed to it whole, so that nothing depends on its caching.
+      prompt: token ids.
+      num_tokens: T, new tokens at most.
+      sampling: options of this row: numbers, or arrays of one element.
+      eos_ids: tokens that end a text; None: the model's own.
+
+    Attributes:
+      law: {text: probability}, float64; a text is the tuple of new tokens, an EOS included.
+
+    Raises:
+      ValueError: more than 20,000 texts would have to be enumerated.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxspec.testing import table_model
+      >>> lm = table_model(jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]])), order=1)
+      >>> {text: round(p, 3) for text, p in Oracle(lm, [0], 2).law.items()}
+      {(0, 0): 0.25, (0, 1): 0.25, (1, 0): 0.125, (1, 1): 0.375}
+    """
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        prompt: Sequence[int],
+        num_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        *,
+        eos_ids: Sequence[int] | None = None,
+    ):
+        size = target.vocab_size
+        if size**num_tokens > _MOST_TEXTS:
+            raise ValueError(
+                f"{size} tokens and {num_tokens} new tokens make {size**num_tokens} texts, more "
+                f"than the {_MOST_TEXTS} that are enumerated; use a smaller vocabulary or fewer "
+                "tokens."
+            )
+        self._prompt = tuple(int(token) for token in prompt)
+        self._num_tokens = num_tokens
+        self._eos = frozenset(target.eos_ids if eos_ids is None else eos_ids)
+        self._options = _numbers(sampling)
+        texts = list(itertools.product(range(size), repeat=num_tokens - 1))
+        fed = np.array([self._prompt + text for text in texts], np.int32)
+        logits = np.asarray(_forward(target, jnp.asarray(fed)), np.float64)
+        self._logits: dict[Text, Array] = {}
+        for text, rows in zip(texts, logits[:, len(self._prompt) - 1 :], strict=True):
+            for length in range(num_tokens):
+                self._logits.setdefault(text[:length], rows[length])
+        self.law: Law = {}
+        self._extend((), 1.0)
+
+    def _extend(self, text: Text, mass: float) -> None:
+        if len(text) == self._num_tokens or (text and text[-1] in self._eos):
+            self.law[text] = mass
+            return
+        probs = self.next_token(text)
+        for token in np.flatnonzero(probs).tolist():
+            self._extend((*text, token), mass * probs[token])
+
+    def next_token(self, text: Text) -> Array:
+        """The law of the token behind `text`, under the options, float64[V]."""
+        return next_token_law(self._logits[text], self._prompt + text, **self._options)
+
+    def log_probs(self, text: Text) -> list[float]:
+        """What `Generation.log_probs` should say of each token of `text`."""
+        options = self._options
+        if options["temperature"] == 0:  # reported before any cut, at temperature 1
+            options = {"repetition_penalty": options["repetition_penalty"]}
+        reported = []
+        for i, token in enumerate(text):
+            law = next_token_law(self._logits[text[:i]], self._prompt + text[:i], **options)
+            reported.append(float(np.log(law[token])))
+        return reported
+
+
+def next_token_law(
+    logits: Array,
+    context: Sequence[int],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Array:
+    """The law of one token under `jaxspec.Sampling`'s options, float64[V].
+
+    Args:
+      logits: float64[V].
+      context: prompt and output so far.
+      temperature: see `jaxspec.Sampling`, like the others.
+      top_k: keeps ties.
+      top_p: of ties the lower id goes first.
+      min_p: relative to the likeliest token.
+      repetition_penalty: on every token of the context.
+
+    Example:
+      >>> import numpy as np
+      >>> next_token_law(np.log([0.5, 0.3, 0.2]), [], top_k=2).round(3).tolist()
+      [0.625, 0.375, 0.0]
+    """
+    logits = np.array(logits, np.float64)
+    for token in set(context) if repetition_penalty != 1.0 else ():
+        above = logits[token] > 0
+        logits[token] = logits[token] / repetition_penalty if above else (
+            logits[token] * repetition_penalty
+        )
+    if temperature == 0:
+        return np.eye(len(logits))[np.argmax(logits)]
+    logits = logits / temperature
+    if top_k:
+        logits[logits < np.sort(logits)[-min(top_k, len(logits))]] = -np.inf
+    probs = np.exp(logits - logits.max())
+    probs /= probs.sum()
+    # Likelier tokens first, and of equal ones the higher id.
+    order = np.lexsort((np.arange(len(probs)), probs))[::-1]
+    ahead = np.cumsum(probs[order]) - probs[order]
+    if top_p < 1:
+        probs[order[ahead >= top_p]] = 0.0
+    probs[probs < min_p * probs.max()] = 0.0
+    return probs / probs.sum()
+
+
+_NEUTRAL = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+
+
+def _numbers(sampling: Sampling) -> dict[str, Any]:
+    """The options as Python numbers."""
+    numbers: dict[str, Any] = {}
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(sampling, name)
+        # float32 as in the loop: a threshold must not lie between two roundings of one number.
+        number = neutral if value is None else np.asarray(value, np.float32).item()
+        numbers[name] = int(number) if name == "top_k" else number
+    return numbers

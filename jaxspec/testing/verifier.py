@@ -1,0 +1,275 @@
+"""Is an acceptance rule lossless? Its law over every draft, against the target's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.testing.comparison import FALSE_ALARM, compare
+from jaxspec.testing.enumeration import Block, Laws, emitted_laws
+from jaxspec.testing.oracle import Text
+from jaxspec.types import NO_TOKEN, Draft, Verdict, Verifier
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+_EXACT_BOUND = 5e-5
+"""Each of the at most (K + 1) (V + 1) borders of a piece is rounded by a few units of 2⁻²³."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifierCase:
+    """One pair of laws.
+
+    Attributes:
+      name: what the draft is to the target.
+      is_exact: whether the law was enumerated; else it was sampled.
+      total_variation: between the emitted law, carried on by the target, and the target's.
+      bound: what it must stay below.
+      expected_accepted: E[number of accepted drafts], exact or the samples' mean.
+      problem: what is wrong, or nothing.
+    """
+
+    name: str
+    is_exact: bool
+    total_variation: float
+    bound: float
+    expected_accepted: float
+    problem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifierReport:
+    """What `check_verifier` found.
+
+    Attributes:
+      cases: one for each pair of laws.
+    """
+
+    cases: tuple[VerifierCase, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case did."""
+        return not any(case.problem for case in self.cases)
+
+    @property
+    def total_variation(self) -> float:
+        """The largest of the cases'."""
+        return max(case.total_variation for case in self.cases)
+
+    def assert_passed(self) -> None:
+        """Raises AssertionError with the whole report, unless `passed`."""
+        if not self.passed:
+            raise AssertionError(str(self))
+
+    def __str__(self) -> str:
+        """One line a case."""
+        lines = [f"check_verifier {'passed' if self.passed else 'FAILED'}"]
+        lines.append(f"{'case':>24}  {'law':>10}  {'TV':>9}  {'bound':>9}  {'E[accepted]':>11}")
+        for case in self.cases:
+            how = "enumerated" if case.is_exact else "sampled"
+            lines.append(
+                f"{case.name:>24}  {how:>10}  {case.total_variation:9.1e}  {case.bound:9.1e}  "
+                f"{case.expected_accepted:11.4f}  {case.problem}"
+            )
+        return "\n".join(lines)
+
+
+def check_verifier(
+    verifier: Verifier,
+    *,
+    vocab_size: int = 3,
+    num_draft: int = 2,
+    seed: int = 0,
+    num_samples: int = 100_000,
+    false_alarm: float = FALSE_ALARM,
+) -> VerifierReport:
+    """Computes what a rule emits, over every draft of K tokens, and compares it with the target.
+
+    The emitted tokens, carried on to K + 1 tokens by the target itself, must have the target's
+    law, whatever the draft's: one that disagrees, one that is near, one that is equal, one with
+    zeros where the target has none and the other way round, target and draft as point masses,
+    and drafts shorter than K. Every verdict's form is checked as well.
+
+    A rule with a `judge` (see `jaxspec.types.Verifier`) is enumerated, exactly; the law of any
+    other is sampled over `num_samples` drafts and keys a case.
+
+    Args:
+      verifier: the rule, from `jaxspec.verifiers` or your own.
+      vocab_size: V ≥ 2, small.
+      num_draft: K ≥ 1, small.
+      seed: of the random laws.
+      num_samples: for a rule that is sampled.
+      false_alarm: the probability with which a correct rule that is sampled fails a case.
+
+    Returns:
+      A `VerifierReport`, with the expected number of accepted drafts of each case.
+
+    Example:
+      >>> import jaxspec
+      >>> report = check_verifier(jaxspec.verifiers.rejection())
+      >>> report.passed, report.total_variation < 1e-5
+      (True, True)
+    """
+    cases = blocks(vocab_size=vocab_size, num_draft=num_draft, seed=seed)
+    if getattr(verifier, "needs_greedy_sampling", False):
+        cases = {name: block for name, block in cases.items() if "greedy" in name}
+    if hasattr(verifier, "judge"):
+        return VerifierReport(tuple(_enumerated(verifier, cases)))
+    return VerifierReport(
+        tuple(
+            _sampled(
+                verifier, name, block, np.random.default_rng([seed, i]), num_samples, false_alarm
+            )
+            for i, (name, block) in enumerate(cases.items())
+        )
+    )
+
+
+def random_laws(seed: Any, *, vocab_size: int, num_draft: int, zeros: int = 0) -> Laws:
+    """A law float64[V] for every prefix of up to K tokens, with `zeros` impossible tokens each."""
+    rng = np.random.default_rng(seed)
+    laws = {}
+    for size in range(num_draft + 1):
+        for prefix in itertools.product(range(vocab_size), repeat=size):
+            weights = rng.gamma(0.7, size=vocab_size) + 0.01
+            weights[rng.permutation(vocab_size)[:zeros]] = 0.0
+            laws[prefix] = weights / weights.sum()
+    return laws
+
+
+def blocks(*, vocab_size: int, num_draft: int, seed: int) -> dict[str, Block]:
+    """The cases of `check_verifier`: {name: laws}."""
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "num_draft": num_draft}
+    target, drafted = random_laws([seed, 0], **sizes), random_laws([seed, 1], **sizes)
+    near = {text: 0.7 * target[text] + 0.3 * drafted[text] for text in target}
+    greedy = {text: np.eye(vocab_size)[np.argmax(law)] for text, law in target.items()}
+    top = {text: int(np.argmax(law)) for text, law in target.items()}
+    other = {text: int(np.argmin(law)) for text, law in target.items()}
+    some_zeros = random_laws([seed, 2], **sizes, zeros=1)
+    other_zeros = random_laws([seed, 3], **sizes, zeros=1)
+    cases = {
+        "disagreeing": Block(target, drafted),
+        "near": Block(target, near),
+        "equal": Block(target, target),
+        "zeros in both": Block(some_zeros, other_zeros),
+        "zeros in the target": Block(some_zeros, drafted),
+        "zeros in the draft": Block(target, other_zeros),
+        "one-hot drafts": Block(target, tokens_of=top),
+        "unlikely one-hot drafts": Block(target, tokens_of=other),
+        "drafts as point masses": Block(
+            target, {text: np.eye(vocab_size)[token] for text, token in top.items()}
+        ),
+        "greedy, sampled drafts": Block(greedy, drafted),
+        "greedy, right drafts": Block(greedy, tokens_of=top),
+        "greedy, wrong drafts": Block(greedy, tokens_of=other),
+    }
+    for length in range(num_draft):
+        cases[f"{length} of {num_draft} drafted"] = Block(target, near, length=length)
+    return cases
+
+
+def _enumerated(verifier: Any, cases: dict[str, Block]) -> list[VerifierCase]:
+    found = {}
+    for is_sampled in (True, False):
+        group = {
+            name: block
+            for name, block in cases.items()
+            if (block.drafted is not None) == is_sampled
+        }
+        laws = emitted_laws(verifier, list(group.values()))
+        for (name, block), law in zip(group.items(), laws, strict=True):
+            problem = _form_problem(*_verdicts(verifier, block))
+            ours, exact = block.completed(law), block.target_law()
+            distance = 0.5 * sum(
+                abs(ours.get(text, 0.0) - exact.get(text, 0.0)) for text in set(ours) | set(exact)
+            )
+            if not problem and distance > _EXACT_BOUND:
+                problem = "another law than the target's"
+            accepted = sum(mass * (len(text) - 1) for text, mass in law.items())
+            found[name] = VerifierCase(name, True, distance, _EXACT_BOUND, accepted, problem)
+    return [found[name] for name in cases]
+
+
+def _verdicts(verifier: Any, block: Block) -> tuple[Any, Draft]:
+    """The verdicts on every draft of a block, and the drafts."""
+    draft, target = block.arrays([text for text, _ in block.texts()])
+    keys = jax.random.split(
+        jax.random.key(0), (draft.tokens.shape[0], block.num_draft + 1)
+    )
+    return _call(verifier, keys, draft, target), draft
+
+
+@jax.jit
+def _call(verifier: Any, keys: jax.Array, draft: Draft, target: jax.Array) -> Verdict:
+    return jax.vmap(verifier)(keys, draft, target)
+
+
+def _sampled(
+    verifier: Verifier,
+    name: str,
+    block: Block,
+    rng: np.random.Generator,
+    num_samples: int,
+    false_alarm: float,
+) -> VerifierCase:
+    texts = [text for text, _ in block.texts()]
+    share = np.array([mass for _, mass in block.texts()])
+    chosen = rng.choice(len(texts), size=num_samples, p=share / share.sum())
+    draft, target = jax.tree.map(lambda x: x[chosen], block.arrays(texts))
+    keys = jax.random.split(
+        jax.random.key(int(rng.integers(2**31))), (num_samples, block.num_draft + 1)
+    )
+    verdict = _call(verifier, keys, draft, target)
+    problem = _form_problem(verdict, draft)
+    tokens, accepted = np.asarray(verdict.tokens), np.asarray(verdict.num_accepted)
+    if problem:
+        return VerifierCase(name, False, 1.0, 0.0, float(accepted.mean()), problem)
+    emitted, times = np.unique(np.c_[accepted, tokens], axis=0, return_counts=True)
+    counts: dict[Text, int] = {}
+    for (count, *row), repeats in zip(emitted.tolist(), times.tolist(), strict=True):
+        # Each is carried on by draws from the target.
+        endings = block.completed({tuple(row[: count + 1]): 1.0})
+        masses = np.array(list(endings.values()))
+        drawn = rng.multinomial(repeats, masses / masses.sum())
+        for text, number in zip(endings, drawn.tolist(), strict=True):
+            counts[text] = counts.get(text, 0) + number
+    comparison = compare(counts, block.target_law(), false_alarm=false_alarm)
+    return VerifierCase(
+        name,
+        False,
+        comparison.total_variation,
+        comparison.bound,
+        float(accepted.mean()),
+        "" if comparison.passed else "another law than the target's",
+    )
+
+
+def _form_problem(verdict: Any, draft: Draft) -> str:
+    """What is wrong with the verdicts' form, or nothing."""
+    num_rows, num_slots = draft.tokens.shape
+    tokens, accepted = verdict.tokens, verdict.num_accepted
+    if tokens.shape != (num_rows, num_slots + 1) or accepted.shape != (num_rows,):
+        return (
+            f"a verdict is tokens [K + 1] and num_accepted [], got {tokens.shape[1:]} and "
+            f"{accepted.shape[1:]}"
+        )
+    if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (tokens, accepted)):
+        return f"a verdict holds integers, got {tokens.dtype} and {accepted.dtype}"
+    tokens, accepted = np.asarray(tokens), np.asarray(accepted)
+    if (accepted < 0).any() or (accepted > np.asarray(draft.length)).any():
+        return "num_accepted must lie in 0 … draft.length: a correction is no accepted draft"
+    slots = np.arange(num_slots + 1)
+    is_draft = slots[:-1] < accepted[:, None]
+    if (tokens[:, :-1][is_draft] != np.asarray(draft.tokens)[is_draft]).any():
+        return "the accepted drafts must stand first among the verdict's tokens"
+    if (tokens[slots[None] == accepted[:, None]] < 0).any():
+        return "a correction or bonus must stand behind the accepted drafts"
+    if (tokens[slots[None] > accepted[:, None]] != NO_TOKEN).any():
+        return f"slots behind the correction or bonus must hold {NO_TOKEN}"
+    return ""
