@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check lint types doctest clean
+.PHONY: demo test exactness exhaustive check lint types doctest clean
 
 # Two environments' worth of packages, installed in order of need: a demo needs no test tools.
 $(VENV)/.python:
@@ -28,7 +28,13 @@ demo: $(VENV)/.demo  ## a real model, several tokens per forward
 
 # Neighbours share compiled programs: worksteal keeps them on one worker for as long as it can.
 test: $(VENV)/.dev  ## the tests most people run
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not exactness and not exhaustive"
+
+exactness: $(VENV)/.dev  ## the exactness matrix and its planted bugs
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m exactness
+
+exhaustive: $(VENV)/.dev  ## the whole product of the matrix's axes: most of an hour on 2 cores
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m exhaustive
 
 check: lint types doctest  ## what CI runs beside the tests
 

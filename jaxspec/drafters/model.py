@@ -177,7 +177,8 @@ class ModelDrafter:
 
             def run_race(slot: Array, log_probs: Array) -> Array:
                 size = log_probs.shape[1]
-                noise = jax.vmap(lambda key: drawing.gumbel_noise(key, size))(noise_keys[rows, slot])
+                keys = jax.random.clone(noise_keys[rows, slot])  # the verifier will use them again
+                noise = jax.vmap(lambda key: drawing.gumbel_noise(key, size))(keys)
                 return jax.vmap(drawing.race)(noise, log_probs)
 
             return run_race

@@ -237,7 +237,9 @@ def check_drafter(
     # The last rows, whose neighbours below and above differ.
     for row in range(num_rows - len(prompts), num_rows):
         alone = call.rounds(keys[row : row + 1], np.array([row]))
-        together = [(texts[[row]], asked[[row]], _rows(draft, row)) for texts, asked, draft in rounds]
+        together = [
+            (texts[[row]], asked[[row]], _rows(draft, row)) for texts, asked, draft in rounds
+        ]
         if problem := _difference(alone, together):
             problems.append(problem)
             break

@@ -139,8 +139,8 @@ def next_token_law(
     logits = np.array(logits, np.float64)
     for token in set(context) if repetition_penalty != 1.0 else ():
         above = logits[token] > 0
-        logits[token] = logits[token] / repetition_penalty if above else (
-            logits[token] * repetition_penalty
+        logits[token] = (
+            logits[token] / repetition_penalty if above else (logits[token] * repetition_penalty)
         )
     if temperature == 0:
         return np.eye(len(logits))[np.argmax(logits)]

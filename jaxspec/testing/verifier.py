@@ -199,9 +199,7 @@ def _enumerated(verifier: Any, cases: dict[str, Block]) -> list[VerifierCase]:
 def _verdicts(verifier: Any, block: Block) -> tuple[Any, Draft]:
     """The verdicts on every draft of a block, and the drafts."""
     draft, target = block.arrays([text for text, _ in block.texts()])
-    keys = jax.random.split(
-        jax.random.key(0), (draft.tokens.shape[0], block.num_draft + 1)
-    )
+    keys = jax.random.split(jax.random.key(0), (draft.tokens.shape[0], block.num_draft + 1))
     return _call(verifier, keys, draft, target), draft
 
 

@@ -47,7 +47,7 @@ class Block:
 
 
 def prefix_log_weights(draft: Draft, target_log_probs: Array) -> Array:
-    """log p_i of the prefixes of 1 … K drafts, f32[K]: p_i = min(1, p_{i-1} · p(x_i) / q(x_i)).
+    """Log p_i of the prefixes of 1 … K drafts, f32[K]: p_i = min(1, p_{i-1} · p(x_i) / q(x_i)).
 
     A running minimum: the clip of each factor is carried on (min(1, the product of all ratios) is
     not lossless).

@@ -23,7 +23,7 @@ def uniforms(keys: Array) -> Array:
 
 
 def log_ratios(draft: Draft, target_log_probs: Array) -> Array:
-    """log p(x) / q(x) of each draft, f32[K].
+    """Log p(x) / q(x) of each draft, f32[K].
 
     -inf, which never passes a test, for a draft that p gives no chance, that its own q cannot
     draw (also 0 / 0), or whose p or q is not a number. Slots beyond the draft's length hold

@@ -98,7 +98,9 @@ def test_block_never_accepts_fewer_than_rejection(vocab_size, num_draft):
         verifier = getattr(verifiers, rule)()
         laws = emitted_laws(verifier, pairs)
         rates = [sum(mass * (len(text) - 1) for text, mass in law.items()) for law in laws]
-        expected[rule] = np.array(rates + list(accepted(check_verifier(verifier, **sizes)).values()))
+        expected[rule] = np.array(
+            rates + list(accepted(check_verifier(verifier, **sizes)).values())
+        )
     gain = expected["block"] - expected["rejection"]
     assert (gain > -1e-6).all()  # the borders' rounding
     assert (gain > 1e-3).sum() >= 8  # and it is not the same rule

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxspec.testing import random_logits, table_model
 
 import jaxspec
 from jaxspec import drafters, policies, verifiers
+from jaxspec.testing import random_logits, table_model
 
 _LOGITS = random_logits(3, vocab_size=6, order=2)
 _GREEDY = jaxspec.Sampling(temperature=0)

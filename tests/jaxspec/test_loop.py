@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxspec.testing import random_logits, table_model
 
 import jaxspec
 from jaxspec import arguments, drafters, loop, policies, pytree, status
 from jaxspec.policies.fixed import Fixed
+from jaxspec.testing import random_logits, table_model
 
 _VOCAB, _ORDER = 6, 2
 _TARGET = random_logits(3, vocab_size=_VOCAB, order=_ORDER)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 from support.mutants import mutant
 
-from jaxspec import Draft, Outcome, Stats, Verdict, stats
+from jaxspec import Draft, Outcome, Verdict, stats
 
 
 def round_(*, drafted, accepted, emitted, active):

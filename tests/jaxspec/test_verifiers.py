@@ -245,7 +245,9 @@ def test_acceptance_rate_is_one_minus_total_variation():
     rate = 1 - 0.5 * np.abs(p - q).sum()
     bound = 5 * np.sqrt(rate * (1 - rate) / draws)
     assert abs(acceptance_rate(shipped, p, q, draws) - rate) < bound
-    lenient = mutant("jaxspec.verifiers.rejection", ("log1p(-numbers[:-1, 0])", "log1p(-numbers[:-1, 0]) - 0.3"))
+    lenient = mutant(
+        "jaxspec.verifiers.rejection", ("log1p(-numbers[:-1, 0])", "log1p(-numbers[:-1, 0]) - 0.3")
+    )
     assert abs(acceptance_rate(lenient, p, q, draws) - rate) > bound
 
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxspec.testing import table_model
 
 import jaxspec
+from jaxspec.testing import table_model
 from jaxspec_models import llama
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"

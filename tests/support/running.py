@@ -18,8 +18,8 @@ def _compiled(module):
     )
 
 
-def generate_with(module, target, prompts, **kwargs):
-    """`jaxspec.generate`, but by the loop in `module`."""
+def generate_with(module, target, prompts, *, arguments=arguments, **kwargs):
+    """`jaxspec.generate`, but by the loop in `module` (and by mutated `arguments`)."""
     prepared = arguments.prepare(target, prompts, **kwargs)
     prefill, run = _compiled(module)
     state = prefill(
