@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.real import load, noisy
 from support.running import compiled_parts
 
 import jaxspec
@@ -26,11 +27,6 @@ _CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 _CHAT_TEXT = [504, 3575, 282, 4649, 314, 7042, 30, 2]
 
 
-@functools.cache
-def _load(dtype):
-    return jaxspec_models.load_model("smollm2-135m", dtype=dtype)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return jaxspec_models.load_tokenizer("smollm2-135m")
@@ -44,28 +40,11 @@ def prompts(tokenizer):
     return [_FUTURE, ids]
 
 
-@functools.cache
-def _noisy(dtype):
-    """The model with noise in its weights: a draft that disagrees, and shares every trace."""
-    model = _load(dtype)
-    leaves, structure = jax.tree.flatten(model.params)
-    rng = np.random.default_rng(0)
-
-    def disturb(leaf):
-        if leaf.ndim < 2:
-            return leaf
-        noise = rng.standard_normal(leaf.shape, np.float32)
-        values = np.asarray(leaf, np.float32)
-        return jnp.asarray(values + 0.06 * values.std() * noise, leaf.dtype)
-
-    return model.replace(params=jax.tree.unflatten(structure, [disturb(x) for x in leaves]))
-
-
 def _drafter(name):
     return {
         "none": lambda: None,
-        "itself": lambda: drafters.model(_load("float32")),
-        "noisy": lambda: drafters.model(_noisy("float32")),
+        "itself": lambda: drafters.model(load("float32")),
+        "noisy": lambda: drafters.model(noisy("float32")),
         "lookup": drafters.prompt_lookup,
     }[name]()
 
@@ -77,7 +56,7 @@ def greedy(prompts):
     @functools.cache
     def run(drafter):
         return jaxspec.generate(
-            _load("float32"), prompts, drafter=_drafter(drafter), sampling=_GREEDY,
+            load("float32"), prompts, drafter=_drafter(drafter), sampling=_GREEDY,
             max_new_tokens=20,
         )  # fmt: skip
 
@@ -102,7 +81,7 @@ def test_speculative_text_is_bit_identical_to_plain_text(greedy, drafter):
 
 def test_golden_tokens_alone():
     """A row alone, in another bucket, is the row of the batch."""
-    generation = jaxspec.generate(_load("float32"), [_FUTURE], sampling=_GREEDY, max_new_tokens=20)
+    generation = jaxspec.generate(load("float32"), [_FUTURE], sampling=_GREEDY, max_new_tokens=20)
     assert generation.tokens[0].tolist() == _FUTURE_TEXT
 
 
@@ -114,7 +93,7 @@ def test_the_model_accepts_all_of_its_own_drafts(greedy):
 
 def _teacher_forced(prompt, text):
     """The log-probabilities of a text in one pass of the model, f32[len(text)]."""
-    model = _load("float32")
+    model = load("float32")
     tokens = jnp.asarray([prompt + text])
     size = tokens.shape[1]
     output, _ = jax.jit(model.apply)(
@@ -132,7 +111,7 @@ def test_log_probs_are_those_of_a_teacher_forced_pass(greedy):
 def test_a_disagreeing_pair_at_temperature_one(prompts):
     """Acceptance between 0.2 and 0.8, possible tokens, and equal texts for equal keys."""
     run = functools.partial(
-        jaxspec.generate, _load("float32"), prompts, drafter=_drafter("noisy"), eos_ids=(),
+        jaxspec.generate, load("float32"), prompts, drafter=_drafter("noisy"), eos_ids=(),
         max_new_tokens=30,
     )  # fmt: skip
     generation = run(key=jax.random.key(0))
@@ -158,7 +137,7 @@ def test_prompt_lookup_pays_where_text_is_repeated(tokenizer):
         add_special_tokens=False,
     )
     run = functools.partial(
-        jaxspec.generate, _load("float32"), [prompt], sampling=_GREEDY, max_new_tokens=48
+        jaxspec.generate, load("float32"), [prompt], sampling=_GREEDY, max_new_tokens=48
     )
     generation = run(drafter=drafters.prompt_lookup())
     assert float(generation.stats.tokens_per_step[0]) >= 1.5
@@ -171,7 +150,7 @@ def test_prompt_lookup_pays_where_text_is_repeated(tokenizer):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_are_bit_equal_at_any_width_and_batch(dtype):
-    model = _load(dtype)
+    model = load(dtype)
     texts = np.random.default_rng(0).integers(0, model.vocab_size, (4, 24)).astype(np.int32)
     apply = jax.jit(model.apply, donate_argnums=2)
 
@@ -208,7 +187,7 @@ def _bytes(tree):
 def test_the_loop_holds_no_second_cache(dtype):
     """At a capacity of 4,096: temporary memory < 1.2 × one cache, and the state is donated."""
     state, _, run = compiled_parts(
-        _load(dtype), np.full((1, 3900), 5, np.int32), drafter=drafters.prompt_lookup(),
+        load(dtype), np.full((1, 3900), 5, np.int32), drafter=drafters.prompt_lookup(),
         sampling=_GREEDY, max_new_tokens=186,
     )  # fmt: skip
     cache = _bytes(state.cache)
@@ -226,7 +205,7 @@ def test_prefill_memory_does_not_grow_with_the_prompt():
 
     def temporary(num_tokens):
         _, prefill, _ = compiled_parts(
-            _load("float32"), np.full((1, num_tokens), 5, np.int32),
+            load("float32"), np.full((1, num_tokens), 5, np.int32),
             drafter=drafters.prompt_lookup(), sampling=_GREEDY, max_new_tokens=64,
         )  # fmt: skip
         return prefill.memory_analysis().temp_size_in_bytes
@@ -236,7 +215,7 @@ def test_prefill_memory_does_not_grow_with_the_prompt():
 
 def test_a_step_costs_the_same_at_any_capacity():
     """At a fixed length, medians of alternating runs; attention over the capacity cost 2.7 ×."""
-    model = _load("float32")
+    model = load("float32")
     apply = jax.jit(model.apply, donate_argnums=2)
     tokens, start = jnp.ones((1, 5), jnp.int32), jnp.array([100])
     caches = {capacity: model.init_cache(1, capacity, 5) for capacity in (256, 4096)}
@@ -257,7 +236,7 @@ def test_a_step_costs_the_same_at_any_capacity():
 def test_two_loads_share_every_trace(greedy, prompts, monkeypatch):
     before = greedy("lookup")
     again = jaxspec_models.load_model("smollm2-135m", dtype="float32")
-    assert jax.tree.structure(again) == jax.tree.structure(_load("float32"))
+    assert jax.tree.structure(again) == jax.tree.structure(load("float32"))
 
     def retraced(*args, **kwargs):
         raise AssertionError("the model was traced again")
@@ -270,7 +249,7 @@ def test_two_loads_share_every_trace(greedy, prompts, monkeypatch):
 
 
 def test_the_whole_generate_is_one_program_without_host_round_trips():
-    model = _load("float32")
+    model = load("float32")
 
     @jax.jit
     def program(model, prompts):
@@ -292,7 +271,7 @@ def test_the_whole_generate_is_one_program_without_host_round_trips():
 def test_stream_yields_the_text_of_generate(greedy, prompts):
     parts = {0: [], 1: []}
     for row, ids in jaxspec.stream(
-        _load("float32"), prompts, drafter=drafters.prompt_lookup(), sampling=_GREEDY,
+        load("float32"), prompts, drafter=drafters.prompt_lookup(), sampling=_GREEDY,
         max_new_tokens=20,
     ):  # fmt: skip
         parts[row].extend(ids.tolist())
@@ -302,7 +281,7 @@ def test_stream_yields_the_text_of_generate(greedy, prompts):
 
 def test_generate_text(tokenizer):
     texts = jaxspec_models.generate_text(
-        _load("float32"), tokenizer, ["In a distant future,", _CHAT], sampling=_GREEDY,
+        load("float32"), tokenizer, ["In a distant future,", _CHAT], sampling=_GREEDY,
         max_new_tokens=20, drafter=drafters.prompt_lookup(),
     )  # fmt: skip
     assert texts[1] == "The capital of France is Paris."
