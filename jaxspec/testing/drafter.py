@@ -311,8 +311,9 @@ class _Call:
                 verifier=_Scripted(jnp.int32(self.num_draft_tokens * (number % 2))),
             )
             state = _one_round(engine, prepared.request, state)
-            draft = state.drafter.draft
-            rounds.append((np.where(is_text, tokens, -1), asked, draft))
+            rounds.append((np.where(is_text, tokens, -1), asked, state.drafter.draft))
+            # Taken out, so that every round has one form and runs one program.
+            state = state._replace(drafter=state.drafter._replace(draft=None))
         return rounds
 
 

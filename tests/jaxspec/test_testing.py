@@ -1,0 +1,550 @@
+"""`jaxspec.testing`: right strategies pass, and each kind of wrong one fails for its reason."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from support.matrix import Unigram
+
+import jaxspec
+from jaxspec import Draft, Sampling, Verdict, drafters, drawing, policies, pytree, verifiers
+from jaxspec.testing import (
+    Oracle,
+    check_drafter,
+    check_lossless,
+    check_verifier,
+    compare,
+    num_samples_for,
+    random_logits,
+    table_model,
+)
+from jaxspec.testing.comparison import chi_square_p_value
+from jaxspec.types import NO_TOKEN
+from jaxspec.verifiers import ratio
+
+V = 3
+TARGET = table_model(random_logits(0, vocab_size=V, order=1), order=1)
+OTHER = table_model(random_logits(1, vocab_size=V, order=1), order=1)
+
+# ---------------------------------------------------------------------------------------------
+# The oracle.
+
+
+def test_oracle_by_hand():
+    lm = table_model(np.log([[0.5, 0.5], [0.25, 0.75]]).astype(np.float32), order=1)
+    oracle = Oracle(lm, [0, 1], 2, Sampling(), eos_ids=(0,))
+    assert oracle.law.keys() == {(0,), (1, 0), (1, 1)}
+    np.testing.assert_allclose(
+        [oracle.law[t] for t in [(0,), (1, 0), (1, 1)]], [0.25, 0.1875, 0.5625], atol=1e-6
+    )
+    np.testing.assert_allclose(oracle.log_probs((1, 0)), np.log([0.75, 0.25]), atol=1e-6)
+    greedy = Oracle(lm, [1], 2, Sampling(temperature=0))
+    assert greedy.law == {(1, 1): 1.0}
+    # A greedy row reports the law at temperature 1.
+    np.testing.assert_allclose(greedy.log_probs((1, 1)), np.log([0.75, 0.75]), atol=1e-6)
+
+
+def test_oracle_feeds_the_model_s_own_context():
+    """An order-2 table: every prefix has its own row."""
+    logits = random_logits(0, vocab_size=2, order=2)
+    oracle = Oracle(table_model(logits, order=2), [1], 3)
+    for text in ((), (0,), (1, 1)):
+        context = ([0, 1, *text])[-2:]
+        row = np.exp(np.float64(logits[context[0] * 2 + context[1]]))
+        np.testing.assert_allclose(oracle.next_token(text), row / row.sum(), rtol=1e-6)
+    assert sum(oracle.law.values()) == pytest.approx(1, abs=1e-12)
+
+
+def test_oracle_refuses_what_cannot_be_enumerated():
+    with pytest.raises(ValueError, match="smaller vocabulary or fewer tokens"):
+        Oracle(TARGET, [0], 20)
+
+
+# ---------------------------------------------------------------------------------------------
+# Comparing laws.
+
+
+def test_chi_square_is_scipy_s():
+    rng = np.random.default_rng(0)
+    law = dict(zip([(i,) for i in range(10)], rng.dirichlet(np.ones(10) * 5), strict=True))
+    counts = dict(zip(law, rng.multinomial(5_000, list(law.values())).tolist(), strict=True))
+    ours = compare(counts, law)
+    theirs = scipy.stats.chisquare(list(counts.values()), np.array(list(law.values())) * 5_000)
+    assert ours.statistic == pytest.approx(theirs.statistic)
+    assert ours.p_value == pytest.approx(theirs.pvalue)
+    assert ours.degrees_of_freedom == 9
+    freqs = np.array(list(counts.values())) / 5_000
+    assert ours.total_variation == pytest.approx(0.5 * np.abs(freqs - list(law.values())).sum())
+    assert ours.passed
+
+
+def test_power_is_scipy_s():
+    law = {(i,): 1 / 81 for i in range(81)}
+    comparison = compare(dict.fromkeys(law, 500), law)  # 40,500
+    threshold = scipy.stats.chi2.isf(5e-7, 80)
+    expected = scipy.stats.ncx2.sf(threshold, 80, 4 * 40_500 * 0.03**2)
+    assert comparison.power(0.03) == pytest.approx(expected, rel=1e-6)
+    assert comparison.power(0.0) == pytest.approx(5e-7, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_texts", [2, 27, 81])
+def test_num_samples_reach_the_power(num_texts):
+    law = {(i,): 1 / num_texts for i in range(num_texts)}
+    size = num_samples_for(num_texts)
+    enough, fewer = (
+        compare({text: n // num_texts for text in law}, law).power(0.03)
+        for n in (size + num_texts, size - 1_000)
+    )
+    assert enough >= 0.99 > fewer
+
+
+def test_false_alarms_are_as_rare_as_promised():
+    """2,000 correct samples at a false alarm of 1 %: at most 44 with probability 1 - 1e-6."""
+    rng = np.random.default_rng(1)
+    law = {(i,): p for i, p in enumerate([0.4, 0.3, 0.2, 0.09, 0.01])}
+    alarms = 0
+    for _ in range(2_000):
+        drawn = rng.multinomial(1_000, list(law.values())).tolist()
+        alarms += not compare(dict(zip(law, drawn, strict=True)), law, false_alarm=0.01).passed
+    assert 0 < alarms <= scipy.stats.binom.isf(1e-6, 2_000, 0.01)
+
+
+def test_the_impossible_is_seen_at_once():
+    law = {(0,): 0.5, (1,): 0.5, (2,): 0.0}
+    comparison = compare({(0,): 50_000, (1,): 50_000, (2,): 1}, law)
+    assert comparison.p_value == 0
+    assert not comparison.passed
+    assert "impossible" in str(comparison)
+
+
+def test_rare_texts_count_together():
+    law = {(i,): 1e-5 for i in range(100)} | {(100,): 0.999}
+    comparison = compare({(100,): 9_990, (0,): 10}, law)  # 100 · 1e-5 · 10,000 = 10 expected
+    assert comparison.degrees_of_freedom == 1
+    assert comparison.passed
+    # What is hidden in them is taken off the power.
+    assert comparison.power(0.001) < 1e-5
+    assert compare({(100,): 9_000, (0,): 1_000}, law).p_value < 1e-100
+
+
+def test_several_laws_at_once():
+    observed = np.array([[50.0, 50.0, 0.0], [10.0, 80.0, 10.0]])
+    expected = np.array([[50.0, 50.0, 0.0], [10.0, 80.0, 10.0]])
+    assert chi_square_p_value(observed, expected) == pytest.approx(1.0)
+    assert chi_square_p_value(observed + np.array([0, -1, 1]), expected) == 0  # impossible
+    shifted = np.array([[80.0, 20.0, 0.0], [10.0, 80.0, 10.0]])
+    assert chi_square_p_value(shifted, expected) == pytest.approx(
+        scipy.stats.chi2.sf(36.0, 3), rel=1e-6
+    )
+
+
+def test_the_table_is_readable():
+    text = str(compare({(0, 1): 300, (1,): 700}, {(0, 1): 0.5, (1,): 0.5}))
+    assert text.startswith("DOES NOT FIT: n = 1000")
+    assert "                     0 1    0.50000    0.30000   -0.20000" in text
+
+
+def test_comparing_nothing_is_refused():
+    with pytest.raises(ValueError, match="counts is empty"):
+        compare({}, {(0,): 1.0})
+
+
+# ---------------------------------------------------------------------------------------------
+# check_lossless.
+
+
+@pytree.dataclass
+class Lenient:
+    """Rejection that accepts too much."""
+
+    guarantee = "distribution"
+
+    def __call__(self, keys, draft, target_log_probs):
+        numbers = ratio.uniforms(keys)
+        numbers = numbers.at[:, 0].set(0.5 + 0.5 * numbers[:, 0])
+        return verifiers.rejection().judge(numbers, draft, target_log_probs)
+
+
+def test_a_wrong_rule_fails_with_a_table():
+    report = check_lossless(TARGET, drafters.model(OTHER), Lenient(), max_new_tokens=3)
+    assert not report.passed
+    assert report.total_variation > 0.03
+    with pytest.raises(AssertionError, match=r"(?s)DOES NOT FIT.*target +empirical +error"):
+        report.assert_passed()
+
+
+def test_each_prompt_has_its_own_options_and_law():
+    report = check_lossless(
+        TARGET,
+        drafters.model(OTHER),
+        sampling=Sampling(temperature=np.array([0.0, 0.5]), top_k=2),
+        prompts=[[0], [1, 2, 2]],
+        max_new_tokens=3,
+        eos_ids=(1,),
+    )
+    report.assert_passed()
+    assert len(report.rows[0].law) == 1
+    assert 2 < len(report.rows[1].law) <= 2**3
+    assert report.problems == ()
+
+
+def test_what_is_reported_is_checked_too():
+    """Laws that fit are not enough: counters, log-probabilities, padding."""
+
+    def broken(change):
+        def generate(*args, **kwargs):
+            out = jaxspec.generate(*args, **kwargs)
+            return dataclasses.replace(out, **change(out))
+
+        return check_lossless(
+            TARGET, drafters.model(OTHER), max_new_tokens=3, num_samples=2_000,
+            eos_ids=(1,), generate=generate,
+        ).problems  # fmt: skip
+
+    def stats(name):
+        return lambda out: {"stats": out.stats._replace(**{name: getattr(out.stats, name) + 1})}
+
+    assert broken(lambda out: {}) == ()
+    assert "log_probs" in broken(lambda out: {"log_probs": out.log_probs - 1e-3})[0]
+    assert "behind its length" in broken(lambda out: {"tokens": out.tokens.at[:, -1].set(0)})[0]
+    assert "more accepted than drafted" in broken(stats("num_accepted_draft_tokens"))[0]
+    assert "corrections as drafts" in broken(stats("num_accepted_draft_tokens"))[1]
+    assert "histogram" in broken(stats("acceptance_histogram"))[0]
+    assert "own q" in broken(stats("num_impossible_draft_tokens"))[0]
+    assert "lengths" in broken(stats("num_emitted_tokens"))[0]
+
+
+def test_match_is_held_to_its_promise():
+    """Lossless, but the tokens depend on the drafter: noise of the round, not of the position."""
+
+    @pytree.dataclass
+    class Forgetful:
+        guarantee = "tokens"
+
+        def __call__(self, keys, draft, target_log_probs):
+            return verifiers.match()(keys, draft, target_log_probs)
+
+    report = check_lossless(TARGET, drafters.model(OTHER), Forgetful(), max_new_tokens=3)
+    assert all(row.passed for row in report.rows)
+    assert "differ from plain decoding" in report.problems[0]
+    assert not report.passed
+
+
+def test_check_lossless_refuses():
+    with pytest.raises(ValueError, match="top_k must be one number or an array"):
+        check_lossless(TARGET, sampling=Sampling(top_k=np.array([1, 2])), prompts=[[0]])
+    with pytest.raises(ValueError, match="smaller vocabulary or fewer tokens"):
+        check_lossless(TARGET, max_new_tokens=30)
+
+
+# ---------------------------------------------------------------------------------------------
+# check_drafter.
+
+
+@pytree.dataclass
+class Base:
+    """A uniform drafter to be broken: its state counts rounds."""
+
+    hidden_layers = ()
+
+    def init(self, batch, capacity):
+        return jnp.zeros((batch,), jnp.int32)
+
+    def prefill(self, state, tokens, hidden, start, num_new):
+        return state
+
+    def law(self, keys, context):
+        del context
+        return jnp.full((*keys.shape, V), -jnp.log(float(V)))
+
+    def sample(self, keys, log_probs):
+        numbers = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(keys)
+        return jax.vmap(jax.vmap(drawing.draw))(numbers, jnp.exp(log_probs))
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        log_probs = self.law(keys, context)
+        return Draft(self.sample(keys, log_probs), log_probs, num_draft), state
+
+    def commit(self, state, outcome):
+        return state + outcome.is_active.astype(jnp.int32)
+
+
+class Skewed(Base):
+    """Another q than the sampled one, by a total variation of 0.03."""
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        draft, state = Base.propose(self, keys, state, context, num_draft, keep_drafting)
+        moved = jnp.array([0.03, 0.0, -0.03])
+        q = jnp.log(jnp.exp(draft.log_probs) + moved[None, None])
+        return draft._replace(log_probs=q), state
+
+
+class OwnValue(Base):
+    """Drops what follows the first token 2, and that token."""
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        draft, state = Base.propose(self, keys, state, context, num_draft, keep_drafting)
+        keep = jnp.cumprod((draft.tokens != 2).astype(jnp.int32), axis=1)
+        return draft._replace(length=jnp.minimum(num_draft, jnp.sum(keep, axis=1))), state
+
+
+class LaterValue(Base):
+    """Drops everything where the second token is a 2 and the first is a 0."""
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        draft, state = Base.propose(self, keys, state, context, num_draft, keep_drafting)
+        drops = (draft.tokens[:, 0] == 0) & (draft.tokens[:, 1] == 2)
+        return draft._replace(length=jnp.where(drops, 0, num_draft)), state
+
+
+class OneKey(Base):
+    """The same number for every slot."""
+
+    def sample(self, keys, log_probs):
+        first = jnp.broadcast_to(keys[:, :1], keys.shape)
+        return Base.sample(self, jax.random.clone(first), log_probs)
+
+
+class OldKeys(Base):
+    """Numbers of a key of its own, the same in every round and row."""
+
+    def sample(self, keys, log_probs):
+        own = jax.random.split(jax.random.key(0), keys.shape[1])
+        return Base.sample(self, jnp.broadcast_to(own[None], keys.shape), log_probs)
+
+
+class Neighbour(Base):
+    """q depends on the row below."""
+
+    def law(self, keys, context):
+        last = jnp.take_along_axis(context.tokens, context.lengths[:, None] - 1, axis=1)
+        below = jnp.roll(last[:, 0], 1)
+        logits = jax.nn.one_hot(below, V)
+        law = jax.nn.log_softmax(logits, axis=-1)
+        return jnp.broadcast_to(law[:, None], (*keys.shape, V))
+
+
+class RowNumber(Base):
+    """q depends on the row's place in the batch."""
+
+    def law(self, keys, context):
+        place = jnp.arange(keys.shape[0]) % 2
+        law = jax.nn.log_softmax(jax.nn.one_hot(place, V), axis=-1)
+        return jnp.broadcast_to(law[:, None], (*keys.shape, V))
+
+
+class TooMany(Base):
+    """Ignores num_draft."""
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        draft, state = Base.propose(self, keys, state, context, num_draft, keep_drafting)
+        return draft._replace(length=jnp.full_like(num_draft, keys.shape[1])), state
+
+
+class Unnormalised(Base):
+    """exp(q) sums to 1.2."""
+
+    def law(self, keys, context):
+        return Base.law(self, keys, context) + jnp.log(1.2)
+
+
+class Outside(Base):
+    """An id beyond the vocabulary."""
+
+    def sample(self, keys, log_probs):
+        return Base.sample(self, keys, log_probs) + 1
+
+
+class Growing(Base):
+    """A state that changes its form."""
+
+    def commit(self, state, outcome):
+        return (state, state)
+
+
+class Floating(Base):
+    """Token ids as floats."""
+
+    def sample(self, keys, log_probs):
+        return Base.sample(self, keys, log_probs).astype(jnp.float32)
+
+
+class Narrow(Base):
+    """One slot fewer than asked for."""
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        draft, state = Base.propose(self, keys, state, context, num_draft, keep_drafting)
+        return draft._replace(tokens=draft.tokens[:, 1:]), state
+
+
+class ShortLaw(Base):
+    """q over another vocabulary."""
+
+    def law(self, keys, context):
+        return Base.law(self, keys, context)[:, :, :2] + jnp.log(1.5)
+
+
+class Adaptive(Base):
+    """Right, and stateful: its law moves with every round, its length with its law."""
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        tilt = state.astype(jnp.float32)[:, None] * jnp.array([[0.5, 0.0, -0.5]])
+        law = jax.nn.log_softmax(tilt, axis=-1)
+        log_probs = jnp.broadcast_to(law[:, None], (*keys.shape, V))
+        most = jnp.where(jnp.max(law, axis=-1) > jnp.log(0.5), 1, num_draft)
+        length = jnp.minimum(num_draft, most)
+        return Draft(self.sample(keys, log_probs), log_probs, length), state
+
+
+class AfterValue(Base):
+    """Right: stops *after* keeping a token 2."""
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        draft, state = Base.propose(self, keys, state, context, num_draft, keep_drafting)
+        is_two = (draft.tokens == 2).astype(jnp.int32)
+        before = jnp.cumsum(is_two, axis=1) - is_two
+        keep = jnp.cumprod((before == 0).astype(jnp.int32), axis=1)
+        return draft._replace(length=jnp.minimum(num_draft, jnp.sum(keep, axis=1))), state
+
+
+def _new(cls):
+    return pytree.dataclass(cls)()
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (Skewed, "do not have the q that is reported"),
+        (OwnValue, "do not have the q that is reported"),
+        (LaterValue, "do not have the q that is reported"),
+        (OneKey, "do not have the q that is reported"),
+        (OldKeys, "do not have the q that is reported"),
+        (Neighbour, "a row alone has"),
+        (RowNumber, "a row alone has"),
+        (TooMany, "more drafts than num_draft"),
+        (Unnormalised, "does not sum to 1"),
+        (Outside, "ids outside 0 … 2"),
+        (Growing, "commit changes the form"),
+        (Floating, r"Draft\.tokens must be i32"),
+        (Narrow, r"Draft\.tokens must be i32"),
+        (ShortLaw, "not 3 tokens wide"),
+    ],
+)
+def test_wrong_drafters_fail_for_their_reason(wrong, problem):
+    with jax.debug_key_reuse(False):
+        report = check_drafter(_new(wrong), TARGET)
+    with pytest.raises(AssertionError, match=problem):
+        report.assert_passed()
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        drafters.model(OTHER),
+        drafters.model(OTHER, sampling=Sampling(temperature=0.5, repetition_penalty=1.5)),
+        drafters.model(OTHER, sampling=Sampling(temperature=0)),
+        drafters.prompt_lookup(),
+        Unigram(V),
+        _new(Adaptive),
+        _new(AfterValue),
+    ],
+    ids=lambda drafter: type(drafter).__name__,
+)
+def test_right_drafters_pass(drafter):
+    report = check_drafter(
+        drafter, TARGET, Sampling(top_p=np.array([1.0, 0.8])), prompts=[[0], [1, 0, 1]]
+    )
+    report.assert_passed()
+    assert report.mean_length > 1
+    assert report.is_deterministic == (report.p_values == {})
+
+
+# ---------------------------------------------------------------------------------------------
+# check_verifier.
+
+
+def test_a_wrong_rule_is_named_with_its_distance():
+    report = check_verifier(Lenient(), num_samples=20_000)
+    assert not report.passed
+    problems = {case.name: case.problem for case in report.cases}
+    assert problems["disagreeing"] == "another law than the target's"
+    assert problems["equal"] == ""
+    with pytest.raises(AssertionError, match="another law"):
+        report.assert_passed()
+
+
+def test_a_slightly_wrong_rule_is_enumerated():
+    """A bias of one percent, far below what samples would show."""
+
+    @pytree.dataclass
+    class Slightly:
+        guarantee = "distribution"
+
+        def __call__(self, keys, draft, target_log_probs):
+            return self.judge(ratio.uniforms(keys), draft, target_log_probs)
+
+        def judge(self, numbers, draft, target_log_probs):
+            numbers = numbers.at[:, 0].set(jnp.minimum(numbers[:, 0] * 1.01, 1 - 2.0**-23))
+            return verifiers.rejection().judge(numbers, draft, target_log_probs)
+
+    report = check_verifier(Slightly())
+    assert not report.passed
+    assert 1e-4 < report.total_variation < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda v, d: v._replace(num_accepted=v.num_accepted + 1), "num_accepted must lie"),
+        (lambda v, d: v._replace(tokens=v.tokens[1:]), r"tokens \[K \+ 1\]"),
+        (lambda v, d: v._replace(tokens=jnp.where(v.tokens < 0, 0, v.tokens)), "must hold -1"),
+        (lambda v, d: v._replace(tokens=jnp.full_like(v.tokens, NO_TOKEN)), "accepted drafts"),
+        (lambda v, d: v._replace(tokens=v.tokens.astype(jnp.float32)), "holds integers"),
+    ],
+)
+def test_malformed_verdicts_are_named(change, problem):
+    @pytree.dataclass
+    class Malformed:
+        guarantee = "distribution"
+
+        def __call__(self, keys, draft, target_log_probs):
+            verdict = verifiers.rejection()(keys, draft, target_log_probs)
+            return change(verdict, draft)
+
+    with pytest.raises(AssertionError, match=problem):
+        check_verifier(Malformed(), num_samples=1_000).assert_passed()
+
+
+def test_a_judge_that_cannot_be_enumerated_is_refused():
+    """A test that passes inside an interval has two borders."""
+
+    @pytree.dataclass
+    class Interval:
+        guarantee = "distribution"
+
+        def __call__(self, keys, draft, target_log_probs):
+            return self.judge(ratio.uniforms(keys), draft, target_log_probs)
+
+        def judge(self, numbers, draft, target_log_probs):
+            numbers = numbers.at[:, 0].set((numbers[:, 0] + 0.4) % 1.0)
+            return verifiers.rejection().judge(numbers, draft, target_log_probs)
+
+    with pytest.raises(ValueError, match="cannot be enumerated"):
+        check_verifier(Interval())
+
+
+def test_policies_that_a_check_cannot_see_through_are_seen_in_the_law():
+    """A user's policy beside the checks: lossless with what ships."""
+    report = check_lossless(
+        TARGET, drafters.model(OTHER), policy=policies.heuristic(1), max_new_tokens=3
+    )
+    report.assert_passed()
+    assert isinstance(verifiers.block()(
+        jax.random.split(jax.random.key(0), 2),
+        Draft(jnp.array([0]), jnp.zeros((1, V)), jnp.int32(1)), jnp.zeros((2, V)),
+    ), Verdict)  # fmt: skip
