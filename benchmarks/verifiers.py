@@ -50,15 +50,19 @@ class Judge:
     num_draft_tokens: int = pytree.static()
 
     def init(self, batch: int) -> Sums:
+        """Zeros."""
         return Sums(*(jnp.zeros((batch,)) for _ in Sums._fields))
 
     def num_draft(self, state: Sums) -> Any:
+        """K."""
         return jnp.full(state.blocks.shape, self.num_draft_tokens, jnp.int32)
 
     def keep_drafting(self, state: Sums, signals: Signals) -> Any:
+        """Always."""
         return jnp.ones(state.blocks.shape, bool)
 
     def update(self, state: Sums, outcome: Outcome) -> Sums:
+        """Adds one block of every row that drafted."""
         by_rejection, by_block = jax.vmap(expected_accepted)(
             outcome.draft, outcome.target_log_probs
         )
@@ -172,7 +176,9 @@ def main() -> None:
                 num_draft_tokens=args.num_draft_tokens,
                 key=jax.random.key(seed),
             )
-            same = ["", ""] if name == "match" else [f"{row[r]:.3f}" for r in ("rejection", "block")]
+            same = (
+                ["", ""] if name == "match" else [f"{row[r]:.3f}" for r in ("rejection", "block")]
+            )
             print(f"{name:>10} {seed:>4} {row['blocks']:>6.0f} {row['drafted']:>8.2f} "
                   f"{row['accepted']:>9.3f} {same[0]:>12} {same[1]:>9}")  # fmt: skip
 

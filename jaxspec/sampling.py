@@ -158,9 +158,10 @@ def check(sampling: Sampling) -> Options:
             ):
                 raise ValueError(f"{name} must be {meaning}, got {value!r}.")
         dtype = jnp.int32 if name == "top_k" else jnp.float32
-        arrays[name] = jnp.asarray(value).astype(dtype)
-        if arrays[name].ndim > 1:
-            raise ValueError(_shape_message(name, "(B,)", arrays[name].shape))
+        array = jnp.asarray(value).astype(dtype)
+        if array.ndim > 1:
+            raise ValueError(_shape_message(name, "(B,)", array.shape))
+        arrays[name] = array
     if sampling.is_greedy:
         arrays |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
     return Options(**arrays, is_greedy=sampling.is_greedy)

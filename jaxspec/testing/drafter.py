@@ -101,7 +101,7 @@ class _Recorder:
     ) -> tuple[Draft, _Recorded]:
         draft, new = self.inner.propose(keys, state.inner, context, num_draft, keep_drafting)
         _check_state("propose", state.inner, new)
-        _check_form(draft, keys.shape)
+        _check_form(draft, keys.shape[0], keys.shape[1])
         return draft, _Recorded(new, draft)
 
     def commit(self, state: _Recorded, outcome: Outcome) -> _Recorded:
@@ -116,15 +116,14 @@ def _check_state(method: str, old: Any, new: Any) -> None:
     def form(state: Any) -> Any:
         return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), state)
 
-    if jax.tree.structure(old) != jax.tree.structure(new) or form(old) != form(new):
+    if (jax.tree.structure(old), form(old)) != (jax.tree.structure(new), form(new)):
         raise _FormError(
             f"{method} changes the form of the drafter's state, from {form(old)} to {form(new)}; "
             "the loop needs the same pytree, shapes and dtypes throughout"
         )
 
 
-def _check_form(draft: Any, shape: tuple[int, int]) -> None:
-    batch, num_slots = shape
+def _check_form(draft: Any, batch: int, num_slots: int) -> None:
     if not isinstance(draft, Draft):
         raise _FormError(f"propose must return (jaxspec.Draft, state), got {type(draft).__name__}")
     for name, wanted in (("tokens", (batch, num_slots)), ("length", (batch,))):
@@ -372,11 +371,15 @@ def _difference(alone: list[_Round], together: list[_Round]) -> str:
             what = "another number of drafts"
         elif (first[2].tokens[0] != second[2].tokens[0])[:length].any():
             what = "other drafts"
-        elif first[2].log_probs is not None and not np.allclose(
-            first[2].log_probs[0, :length], second[2].log_probs[0, :length], atol=1e-4
-        ):
+        elif not _have_one_law(first[2], second[2], length):
             what = "another q"
         else:
             continue
         return f"round {number}: a row alone has {what} than in a batch, with the same key"
     return ""
+
+
+def _have_one_law(first: Draft, second: Draft, length: int) -> bool:
+    if first.log_probs is None or second.log_probs is None:
+        return first.log_probs is second.log_probs
+    return np.allclose(first.log_probs[0, :length], second.log_probs[0, :length], atol=1e-4)

@@ -171,7 +171,11 @@ def _test_borders(run: Callable[[Array], tuple[Array, Array]], rows: int, size: 
             lowest, highest = count(np.zeros(rows)), count(np.full(rows, _ALMOST_ONE))
             changes = lowest != highest
             if changes.any():
-                found = _smallest(lambda u, low=lowest: count(u) != low, rows)
+
+                def differs(u: Array, count: Any = count, lowest: Array = lowest) -> Array:
+                    return count(u) != lowest
+
+                found = _smallest(differs, rows)
                 borders[:, i] = np.where(changes & np.isnan(borders[:, i]), found, borders[:, i])
     # A test that never shows decides nothing: passing and failing are the same.
     return np.where(np.isnan(borders), 0.0, borders)
@@ -203,7 +207,11 @@ def _split_by_token(
 
     borders = [np.zeros(rows)]
     for token in range(vocab_size - 1):
-        borders.append(_smallest(lambda u, t=token: last_token(u) > t, rows))
+
+        def is_later(u: Array, token: int = token) -> Array:
+            return last_token(u) > token
+
+        borders.append(_smallest(is_later, rows))
     borders.append(np.ones(rows))
     for first, end in itertools.pairwise(borders):
         at = numbers.copy()

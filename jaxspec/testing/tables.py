@@ -99,13 +99,16 @@ def table_model(logits: Any, *, order: int, eos_ids: Sequence[int] = ()) -> Lang
 def random_logits(
     seed: int, *, vocab_size: int, order: int, scale: float = 1.5
 ) -> np.ndarray[Any, Any]:
-    """A random table for `table_model`, f32[V ** order, V].
+    """A random table for `table_model`.
 
     Args:
       seed: of `numpy.random.default_rng`.
       vocab_size: V.
       order: how many tokens back the model looks.
       scale: standard deviation of the logits; the default moves laws well away from uniform.
+
+    Returns:
+      f32[V ** order, V], NumPy.
 
     Example:
       >>> random_logits(0, vocab_size=3, order=2).shape

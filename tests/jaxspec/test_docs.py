@@ -1,12 +1,15 @@
 """What is public is documented: arguments, errors, source and an example that runs."""
 
 import inspect
+import pathlib
+import re
 
+import jax
 import pytest
 
 import jaxspec
 import jaxspec_models
-from jaxspec import drafters, policies, status, verifiers
+from jaxspec import drafters, policies, status, testing, verifiers
 
 _FUNCTIONS = [
     jaxspec.generate,
@@ -16,6 +19,7 @@ _FUNCTIONS = [
     *(getattr(drafters, name) for name in drafters.__all__),
     *(getattr(policies, name) for name in policies.__all__),
     *(getattr(verifiers, name) for name in verifiers.__all__),
+    *(getattr(testing, name) for name in testing.__all__ if name.islower()),
     jaxspec_models.load,
     jaxspec_models.load_model,
     jaxspec_models.load_tokenizer,
@@ -28,7 +32,7 @@ _CLASSES = [
     getattr(jaxspec, name)
     for name in dir(jaxspec)
     if inspect.isclass(getattr(jaxspec, name)) and not name.startswith("_")
-]
+] + [getattr(testing, name) for name in testing.__all__ if name.endswith(("Report", "Comparison"))]
 
 
 @pytest.mark.parametrize("function", _FUNCTIONS, ids=lambda f: f.__name__)
@@ -59,3 +63,19 @@ def test_public_classes_describe_every_field(cls):
     assert fields
     assert "Attributes:" in text
     assert all(f"{name}:" in text for name in fields), fields
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/exactness.md"])
+def test_the_documents_code_runs(name):
+    """Block after block, and the tests that the blocks define."""
+    text = (pathlib.Path(__file__).parents[2] / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {"__name__": "documentation"}
+    # Readers run it with JAX's own defaults.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for block in blocks:
+            exec(compile(block, name, "exec"), namespace)
+        for function in [f for key, f in namespace.items() if key.startswith("test_")]:
+            function()

@@ -197,7 +197,7 @@ _OWN_MUTANTS = {
             "jnp.cumprod(passes.astype(jnp.int32))",
             "passes.astype(jnp.int32)",
         ),
-        "threshold log(u) + 0.1": ("jnp.log1p(-numbers[:-1, 0])", "jnp.log1p(-numbers[:-1, 0])+0.1"),
+        "threshold log(u) + 0.1": ("log1p(-numbers[:-1, 0])", "log1p(-numbers[:-1, 0]) + 0.1"),
         "drafts beyond the length": (
             "passes = passes & (jnp.arange(passes.shape[0]) < draft.length)",
             "",
@@ -205,8 +205,8 @@ _OWN_MUTANTS = {
     },
     "block": {
         "product of the ratios, clipped at the end": (
-            "log_weight = jnp.minimum(log_weight + log_ratio, 0.0)\n        return log_weight, log_weight",
-            "log_weight = log_weight + log_ratio\n        return log_weight, jnp.minimum(log_weight, 0.0)",
+            "jnp.minimum(log_weight + log_ratio, 0.0)\n        return log_weight, log_weight",
+            "log_weight + log_ratio\n        return log_weight, jnp.minimum(log_weight, 0.0)",
         ),
         "stops at the first failure": (
             "num_accepted = jnp.max(jnp.where(passes, lengths, 0)).astype(jnp.int32)",

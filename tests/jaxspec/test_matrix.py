@@ -216,7 +216,8 @@ _MUTANTS = {
     ),
     "penalties remember rejected drafts": (
         _DISAGREE, ["repetition penalty"], _in_loop(
-            (_HISTORY, _HISTORY.replace("verdict.tokens, num_emitted", "draft.tokens, draft.length"))),
+            (_HISTORY, _HISTORY.replace("verdict.tokens, num_emitted",
+                                        "draft.tokens, draft.length"))),
     ),
     "a nucleus without the token that crosses top-p": (
         _DISAGREE, ["top-p"], _in_loop(
@@ -231,7 +232,8 @@ _MUTANTS = {
         _DISAGREE, ["temperature", "min-p"], _in_loop(
             ("    num_emitted, new_status = _truncate(",
              "    least = jnp.min(verdict.num_accepted)\n"
-             "    last = jnp.take_along_axis(verdict.tokens, verdict.num_accepted[:, None], axis=1)\n"
+             "    last = jnp.take_along_axis("
+             "verdict.tokens, verdict.num_accepted[:, None], axis=1)\n"
              "    slots = jnp.arange(verdict.tokens.shape[1])[None]\n"
              "    verdict = verdict._replace(\n"
              "        tokens=jnp.where(slots == least, last, verdict.tokens),\n"
@@ -247,8 +249,8 @@ _MUTANTS = {
     "the product of the ratios, clipped at the end": (
         _BLOCK, ["temperature"], _in_rule(
             "block",
-            ("log_weight = jnp.minimum(log_weight + log_ratio, 0.0)\n        return log_weight, log_weight",
-             "log_weight = log_weight + log_ratio\n        return log_weight, jnp.minimum(log_weight, 0.0)")),
+            ("jnp.minimum(log_weight + log_ratio, 0.0)\n        return log_weight, log_weight",
+             "log_weight + log_ratio\n        return log_weight, jnp.minimum(log_weight, 0.0)")),
     ),
     "block breaks at the first failure": (
         _BLOCK, ["temperature"], _in_rule(
@@ -285,7 +287,8 @@ _MUTANTS = {
         _EQUAL, ["temperature"], _in_loop(
             ("    num_emitted = jnp.where(is_active, num_emitted, 0)\n",
              "    is_whole = (verdict.num_accepted == draft.length) & (draft.length > 0)\n"
-             "    num_emitted = jnp.where(is_whole, jnp.minimum(num_emitted, draft.length), num_emitted)\n"
+             "    num_emitted = jnp.where("
+             "is_whole, jnp.minimum(num_emitted, draft.length), num_emitted)\n"
              "    new_status = jnp.where(state.lengths + num_emitted < request.max_lengths, "
              "status.RUNNING, new_status)\n"
              "    num_emitted = jnp.where(is_active, num_emitted, 0)\n")),

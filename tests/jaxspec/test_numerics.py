@@ -28,12 +28,15 @@ _TABLES = {
     "float16": lambda seed: random_logits(seed, vocab_size=3, order=1).astype(np.float16),
     "masked": _masked,
     # A token so rare that float32 holds its log-probability, but not its probability.
-    "underflow": lambda seed: random_logits(seed, vocab_size=3, order=1)
-    + np.array([0, 0, -300], np.float32) * seed,
-    "one-hot draft": lambda seed: random_logits(seed, vocab_size=3, order=1)
-    + 500 * np.eye(3, dtype=np.float32) * seed,
-    "one-hot target": lambda seed: random_logits(seed, vocab_size=3, order=1)
-    + 500 * np.eye(3, dtype=np.float32) * (1 - seed),
+    "underflow": lambda seed: (
+        random_logits(seed, vocab_size=3, order=1) + np.array([0, 0, -300], np.float32) * seed
+    ),
+    "one-hot draft": lambda seed: (
+        random_logits(seed, vocab_size=3, order=1) + 500 * np.eye(3, dtype=np.float32) * seed
+    ),
+    "one-hot target": lambda seed: (
+        random_logits(seed, vocab_size=3, order=1) + 500 * np.eye(3, dtype=np.float32) * (1 - seed)
+    ),
     "two tokens": lambda seed: random_logits(seed, vocab_size=2, order=1),
 }
 

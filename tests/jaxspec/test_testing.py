@@ -95,7 +95,7 @@ def test_num_samples_reach_the_power(num_texts):
     law = {(i,): 1 / num_texts for i in range(num_texts)}
     size = num_samples_for(num_texts)
     enough, fewer = (
-        compare({text: n // num_texts for text in law}, law).power(0.03)
+        compare(dict.fromkeys(law, n // num_texts), law).power(0.03)
         for n in (size + num_texts, size - 1_000)
     )
     assert enough >= 0.99 > fewer
