@@ -81,6 +81,7 @@ def test_one_hot_acceptance_is_the_target_probability(rule):
     assert sum(mass * (len(t) - 1) for t, mass in law.items()) == pytest.approx(expected, abs=5e-5)
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize(("vocab_size", "num_draft"), [(3, 2), (2, 3), (3, 3)])
 def test_block_never_accepts_fewer_than_rejection(vocab_size, num_draft):
     """Exactly, by enumeration: sixteen random pairs of laws, and the cases of check_verifier."""
@@ -237,6 +238,7 @@ _OWN_MUTANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize("rule", _RATIO_RULES)
 @pytest.mark.parametrize("name", _SHARED_MUTANTS)
 def test_planted_bug_in_what_the_rules_share_is_caught(name, rule):
@@ -249,6 +251,7 @@ def test_planted_bug_in_what_the_rules_share_is_caught(name, rule):
     assert report.total_variation > (1e-4 if "bfloat16" in name else _CAUGHT)
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize(
     ("rule", "name"), [(rule, name) for rule, names in _OWN_MUTANTS.items() for name in names]
 )
@@ -260,6 +263,7 @@ def test_planted_bug_in_a_rule_is_caught(rule, name):
     assert report.total_variation > _CAUGHT or "beyond" in name
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize(
     ("rule", "patch"),
     [

@@ -42,7 +42,9 @@ def laws(draw, shape=()):
 
 
 _bits = st.sampled_from([0, 1, 2**22, 2**23 - 1]) | st.integers(0, 2**23 - 1)
-uniforms = hnp.arrays(np.int64, (K + 1, 3), elements=_bits).map(lambda bits: (bits / 2**23).astype(np.float32))  # fmt: skip
+uniforms = hnp.arrays(np.int64, (K + 1, 3), elements=_bits).map(
+    lambda bits: (bits / 2**23).astype(np.float32)
+)
 texts = hnp.arrays(np.int64, (K,), elements=st.integers(0, V - 1))
 
 
