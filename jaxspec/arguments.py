@@ -128,8 +128,9 @@ def _engine(
             )
         if drafter.hidden_layers:
             target.require(["hidden_layers"], "this drafter")
-    _check_type("verifier", verifier, Verifier, "jaxspec.verifiers")
-    _check_type("policy", policy, Policy, "jaxspec.policies")
+        _check_pytree(drafter)
+    check_type("verifier", verifier, Verifier, "jaxspec.verifiers")
+    check_type("policy", policy, Policy, "jaxspec.policies")
     is_greedy = options.is_greedy or _is_all_zero(options.temperature)
     if getattr(verifier, "needs_greedy_sampling", False) and not is_greedy:
         raise ValueError(
@@ -144,14 +145,24 @@ def _engine(
     return loop.Engine(target, drafter, rule, chosen, num_draft_tokens, kinds)
 
 
-def _check_type(name: str, value: Any, protocol: type, home: str) -> None:
+def check_type(name: str, value: Any, protocol: type, home: str) -> None:
+    """Raises ValueError unless `value` is None or a strategy that jit can take."""
     # Functions satisfy a protocol of one call: a factory that was not called has a name.
     if value is None or (isinstance(value, protocol) and not hasattr(value, "__name__")):
+        _check_pytree(value)
         return
     raise ValueError(
         f"{name} must come from {home} (called: {home}.name()) or follow "
         f"jaxspec.types.{protocol.__name__}; got {value!r}."
     )
+
+
+def _check_pytree(strategy: Any) -> None:
+    if any(leaf is strategy for leaf in jax.tree.leaves(strategy)):
+        raise ValueError(
+            f"{type(strategy).__name__} is no pytree: decorate the class with "
+            "jaxspec.pytree.dataclass."
+        )
 
 
 def _is_all_zero(temperature: Any) -> bool:

@@ -153,9 +153,8 @@ def check(sampling: Sampling) -> Options:
         if not isinstance(value, jax.core.Tracer):
             in_range, meaning = _RANGES[name]
             concrete = np.asarray(value)
-            if not np.issubdtype(concrete.dtype, np.number) or not np.all(
-                np.isfinite(concrete) & in_range(concrete)
-            ):
+            is_real = any(jnp.issubdtype(concrete.dtype, k) for k in (np.integer, np.floating))
+            if not is_real or not np.all(np.isfinite(concrete) & in_range(concrete)):
                 raise ValueError(f"{name} must be {meaning}, got {value!r}.")
         dtype = jnp.int32 if name == "top_k" else jnp.float32
         array = jnp.asarray(value).astype(dtype)
@@ -167,8 +166,13 @@ def check(sampling: Sampling) -> Options:
     return Options(**arrays, is_greedy=sampling.is_greedy)
 
 
-def spread(options: Options, batch: int) -> Options:
+def spread(options: Options, batch: int, *, whose: str = "") -> Options:
     """Spreads checked options over the rows.
+
+    Args:
+      options: from `check`.
+      batch: B.
+      whose: stands before an option's name in errors.
 
     Returns:
       `Options` with arrays [B].
@@ -179,7 +183,7 @@ def spread(options: Options, batch: int) -> Options:
     for name in _NEUTRAL:
         array = getattr(options, name)
         if array is not None and array.shape not in ((), (batch,)):
-            raise ValueError(_shape_message(name, f"({batch},)", array.shape))
+            raise ValueError(_shape_message(whose + name, f"({batch},)", array.shape))
     return jax.tree.map(lambda array: jnp.broadcast_to(array, (batch,)), options)
 
 
@@ -189,7 +193,10 @@ def resolve(sampling: Sampling, batch: int) -> Options:
 
 
 def _shape_message(name: str, wanted: str, shape: tuple[int, ...]) -> str:
-    return f"{name} must be one number or an array of one number a row, {wanted}; got {shape}."
+    return (
+        f"{name} must be one number or an array of one number a row, shape {wanted}; "
+        f"got shape {shape}."
+    )
 
 
 # ---------------------------------------------------------------------------------------------

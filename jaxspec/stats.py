@@ -27,8 +27,9 @@ class Stats(NamedTuple):
       num_zero_probability_rejections: i32[B], steps that ended at a draft to which the target
         gives no probability (cut off by an option, say).
       num_impossible_draft_tokens: i32[B], drafts to which their own q gives no probability, or
-        none that is a number: always rejected. Not 0: the drafter reports a q that it did not
-        sample from, see `jaxspec.testing.check_drafter`.
+        none that is a number, and ids outside the vocabulary. Rules that weigh p against q reject
+        them. Not 0: the drafter reports a q that it did not sample from, see
+        `jaxspec.testing.check_drafter`.
       num_fallbacks: i32[B], steps whose correction came from the target itself, since rounding
         left nothing of the residual. Now and then where p and q agree to the last bits.
 
@@ -120,9 +121,11 @@ def update(stats: Stats, outcome: Outcome) -> Stats:
 def _zero_probabilities(outcome: Outcome) -> tuple[Array, Array]:
     """Whether q, and whether p, gives each draft no probability: bool[B, K] each."""
     draft = outcome.draft
-    tokens = draft.tokens[:, :, None]
+    vocab_size = outcome.target_log_probs.shape[2]
+    is_outside = (draft.tokens < 0) | (draft.tokens >= vocab_size)
+    tokens = jnp.where(is_outside, 0, draft.tokens)[:, :, None]
     target = jnp.take_along_axis(outcome.target_log_probs[:, :-1], tokens, axis=2)[:, :, 0]
     if draft.log_probs is None:
-        return jnp.zeros(draft.tokens.shape, bool), target == -jnp.inf
+        return is_outside, target == -jnp.inf
     drafted = jnp.take_along_axis(draft.log_probs, tokens, axis=2)[:, :, 0]
-    return ~(drafted > -jnp.inf), target == -jnp.inf
+    return is_outside | ~(drafted > -jnp.inf), target == -jnp.inf

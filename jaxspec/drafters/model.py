@@ -100,7 +100,7 @@ class ModelDrafter:
         rows = jnp.arange(batch)
         options, history = context.sampling, context.history
         if self.options is not None:
-            options = sampling.spread(self.options, batch)
+            options = sampling.spread(self.options, batch, whose="the drafter's ")
             history = sampling.init_history(
                 options, context.tokens, context.lengths, self.lm.vocab_size
             )

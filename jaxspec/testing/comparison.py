@@ -29,6 +29,8 @@ class Comparison:
     Two tests, each with half of the false-alarm probability: Pearson's chi-square, in which texts
     expected fewer than five times count as one, and the total variation against a bound that
     holds for any sample size (McDiarmid: E[TV] + √(ln(1/δ) / 2n), E[TV] ≤ ½ Σ √(p (1 - p) / n)).
+    The chi-square's false alarm is nominal: far in the tail, counts of a few are not normal (at
+    worst, two texts of which one is expected five times, chance fails it with 2e-5, not 1e-6).
 
     Attributes:
       law: {text: probability}, the exact law.
@@ -66,9 +68,7 @@ class Comparison:
         Args:
           distance: total variation between the wrong law and the exact one.
         """
-        rare = sum(p for p in self.law.values() if p * self.num_samples < _LEAST_EXPECTED)
-        seen = max(distance - rare, 0.0)
-        return _power(self.num_samples, self.degrees_of_freedom, seen, self.false_alarm / 2)
+        return power_of(self.law, self.num_samples, distance, false_alarm=self.false_alarm)
 
     def __str__(self) -> str:
         """One line, and a table of the texts with the largest errors."""
@@ -76,7 +76,8 @@ class Comparison:
         lines = [
             f"{verdict}: n = {self.num_samples}, chi-square {self.statistic:.1f} at "
             f"{self.degrees_of_freedom} degrees of freedom (p = {self.p_value:.2g}), total "
-            f"variation {self.total_variation:.4f} (bound {self.bound:.4f})",
+            f"variation {self.total_variation:.4f} (bound {self.bound:.4f}); would see 0.03 with "
+            f"probability {self.power(0.03):.3f}",
             f"{'text':>24}  {'target':>9}  {'empirical':>9}  {'error':>9}",
         ]
         rows = []
@@ -107,13 +108,20 @@ def compare(
     Returns:
       A `Comparison`.
 
+    Raises:
+      ValueError: no counts, a law that does not add up to 1, or a false alarm outside (0, 1).
+
     Example:
       >>> compare({(0,): 480, (1,): 520}, {(0,): 0.5, (1,): 0.5}).passed
       True
       >>> compare({(0,): 300, (1,): 700}, {(0,): 0.5, (1,): 0.5}).passed
       False
     """
+    if not 0 < false_alarm < 1:
+        raise ValueError(f"false_alarm must lie between 0 and 1, got {false_alarm}.")
     law = {text: float(p) for text, p in law.items() if p > 0}
+    if abs(sum(law.values()) - 1) > 1e-6:
+        raise ValueError(f"the law's probabilities add up to {sum(law.values())}, not 1.")
     counts = {text: int(count) for text, count in counts.items() if count > 0}
     total = sum(counts.values())
     if total == 0:
@@ -143,21 +151,27 @@ def compare(
 def chi_square_p_value(observed: Array, expected: Array) -> float:
     """Pearson's test of several laws at once, each with its own total.
 
+    Outcomes expected fewer than five times count as one in each group; where even that is rare it
+    is left out, which makes the statistic smaller than a chi-square of the same freedom.
+
     Args:
       observed: float64[G, V], counts in each of G groups.
       expected: float64[G, V], what they should be; each row adds up to the observed total.
 
     Returns:
-      The p-value; 0 where the impossible was observed.
+      The p-value; 0 where the impossible was observed, 1 where nothing is frequent enough.
     """
     if ((expected <= 0) & (observed > 0)).any():
         return 0.0
-    parts = [
-        _chi_square(seen[wanted > 0], wanted[wanted > 0])
-        for seen, wanted in zip(observed, expected, strict=True)
-        if wanted.any()
-    ]
-    return float(_survival(sum(s for s, _ in parts), sum(f for _, f in parts)))
+    is_rare = expected < _LEAST_EXPECTED
+    rest = np.stack([np.where(is_rare, x, 0.0).sum(axis=1) for x in (observed, expected)])
+    has_rest = rest[1] >= _LEAST_EXPECTED
+    statistic = np.sum((observed - expected)[~is_rare] ** 2 / expected[~is_rare])
+    statistic += np.sum((rest[0] - rest[1])[has_rest] ** 2 / rest[1][has_rest])
+    is_complete = has_rest | (rest[1] == 0)  # all of the group's outcomes are in the statistic
+    cells = (~is_rare).sum(axis=1) + has_rest
+    freedom = np.sum(np.where(is_complete & (cells > 0), cells - 1, cells))
+    return float(_survival(statistic, freedom))
 
 
 def _chi_square(observed: Array, expected: Array) -> tuple[float, int]:
@@ -197,6 +211,14 @@ def _power(num_samples: int, freedom: int, distance: float, false_alarm: float) 
     return float(min(np.sum(weights * tails), 1.0))
 
 
+def power_of(law: Law, num_samples: int, distance: float, *, false_alarm: float) -> float:
+    """`Comparison.power` before anything is drawn."""
+    expected = np.array([p * num_samples for p in law.values() if p > 0])
+    rare = float(expected[expected < _LEAST_EXPECTED].sum()) / num_samples
+    freedom = _chi_square(expected, expected)[1]
+    return _power(num_samples, freedom, max(distance - rare, 0.0), false_alarm / 2)
+
+
 @functools.cache
 def _threshold(freedom: int, false_alarm: float) -> float:
     """The chi-square that chance exceeds with probability `false_alarm`."""
@@ -226,12 +248,19 @@ def num_samples_for(
       false_alarm: probability of failing a correct program.
 
     Returns:
-      n, a multiple of 1,000; `Comparison.power` says what was reached for the law at hand.
+      n, a multiple of 1,000, for texts of which none is rare; `Comparison.power` says what is
+      reached for the law at hand.
+
+    Raises:
+      ValueError: a number that is no probability between 0 and 1.
 
     Example:
       >>> num_samples_for(27)
       27000
     """
+    for name, value in (("distance", distance), ("power", power), ("false_alarm", false_alarm)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {value}.")
     freedom = num_texts - 1
     if freedom < 1:
         return 1_000

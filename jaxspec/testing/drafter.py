@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import arguments, loop, policies, pytree
+from jaxspec.arguments import check_type
 from jaxspec.sampling import Sampling
 from jaxspec.testing.comparison import FALSE_ALARM, chi_square_p_value
 from jaxspec.testing.lossless import per_prompt
@@ -78,6 +80,14 @@ class _Recorder:
     inner: Any
 
     @property
+    def vocab_size(self) -> int | None:
+        return getattr(self.inner, "vocab_size", None)
+
+    @property
+    def max_length(self) -> int | None:
+        return getattr(self.inner, "max_length", None)
+
+    @property
     def hidden_layers(self) -> tuple[int, ...]:
         return self.inner.hidden_layers
 
@@ -99,7 +109,10 @@ class _Recorder:
         num_draft: jax.Array,
         keep_drafting: Callable[..., Any],
     ) -> tuple[Draft, _Recorded]:
-        draft, new = self.inner.propose(keys, state.inner, context, num_draft, keep_drafting)
+        proposed = self.inner.propose(keys, state.inner, context, num_draft, keep_drafting)
+        if isinstance(proposed, Draft) or not isinstance(proposed, tuple) or len(proposed) != 2:
+            raise _FormError("propose must return two things, (jaxspec.Draft, state)")
+        draft, new = proposed
         _check_state("propose", state.inner, new)
         _check_form(draft, keys.shape[0], keys.shape[1])
         return draft, _Recorded(new, draft)
@@ -133,6 +146,8 @@ def _check_form(draft: Any, batch: int, num_slots: int) -> None:
                 f"Draft.{name} must be i32{list(wanted)} (B = {batch} rows, K = {num_slots} "
                 f"slots), got {jnp.result_type(array)}{list(jnp.shape(array))}"
             )
+    if draft.log_probs is not None and not isinstance(draft.log_probs, jax.Array):
+        raise _FormError("Draft.log_probs must be one array f32[B, K, V], or None")
     if draft.log_probs is not None and (
         draft.log_probs.ndim != 3
         or draft.log_probs.shape[:2] != (batch, num_slots)
@@ -180,22 +195,24 @@ def check_drafter(
 
     - **Form**: shapes and dtypes of the `Draft`, a state that keeps its form, no more drafts than
       asked for, ids inside the vocabulary, a q that is normalised.
-    - **The q it reports is the q it samples**: among rows with one text, the drafts at each slot
-      have the reported law, given the drafts before them. Tokens dropped for their own value show
-      here, too: what is left of a slot then has another law.
+    - **The q it reports is the q it samples**, given everything before: the drafts of a slot have
+      the reported law among all rows, among rows with one text, earlier drafts (rejected ones
+      too) and drafts before them, and on average their likelihood under q is what q says. Tokens
+      dropped for their own value show here, too: what is left of a slot then has another law.
     - **Batch independence**: a row drafts the same alone, with its own key.
 
     Between the rounds none and then all of the drafts are accepted, so that states that were
     rolled back and caches that lag are seen. It does not tell whether the drafts are any good;
-    and a drafter that passes is exact under every lossless rule, which `check_lossless` shows.
+    `check_lossless` shows the law of what is written with them.
 
     Args:
       drafter: the drafter.
       target: a small model over the same vocabulary.
-      sampling: the target's options: numbers, or arrays with one element for each prompt.
+      sampling: the target's options: numbers, or arrays with one element for each prompt. (A
+        drafter's own per-row arrays would need one for every row of the batch: use numbers.)
       prompts: token ids, one list a prompt.
       num_draft_tokens: K.
-      num_samples: rows for each prompt.
+      num_samples: rows for each prompt, at least 100.
       false_alarm: the probability with which a correct drafter fails each test of a slot.
       key: a PRNG key; None: `jax.random.key(0)`.
 
@@ -203,7 +220,7 @@ def check_drafter(
       A `DrafterReport`.
 
     Raises:
-      ValueError: the arguments are refused by `generate`.
+      ValueError: the arguments are refused by `generate`, or q of all rows would not fit in 4 GB.
 
     Example:
       >>> import jaxspec
@@ -212,8 +229,18 @@ def check_drafter(
       >>> check_drafter(jaxspec.drafters.model(lm), lm).passed
       True
     """
+    if drafter is None:
+        raise ValueError("there is no drafter to check: pass one from jaxspec.drafters, or yours.")
+    check_type("drafter", drafter, Drafter, "jaxspec.drafters")
+    if num_samples < 100:
+        raise ValueError(f"num_samples must be at least 100, got {num_samples}.")
     key = jax.random.key(0) if key is None else key
     num_rows = num_samples * len(prompts)
+    if num_rows * num_draft_tokens * target.vocab_size > 10**9:
+        raise ValueError(
+            f"{num_rows} rows of {num_draft_tokens} laws over {target.vocab_size} tokens do not "
+            "fit in 4 GB; use a smaller vocabulary or fewer num_samples."
+        )
     call = _Call(drafter, target, sampling, prompts, num_draft_tokens)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(num_rows))
     try:
@@ -222,10 +249,11 @@ def check_drafter(
         return DrafterReport((str(error),), False, 0.0, {})
     problems: list[str] = []
     p_values: dict[tuple[int, int], float] = {}
+    past = np.zeros((num_rows, 0), np.int32)  # the drafts of earlier rounds, rejected ones too
     for number, (texts, asked, draft) in enumerate(rounds):
         problems += _form_problems(number, draft, asked, target.vocab_size)
-        if draft.log_probs is not None:
-            for slot, p in enumerate(_law_p_values(texts, draft)):
+        if draft.log_probs is not None and draft.log_probs.shape[2] == target.vocab_size:
+            for slot, p in enumerate(_law_p_values(texts, past, draft)):
                 p_values[number, slot] = p
                 if p <= false_alarm:
                     problems.append(
@@ -233,8 +261,12 @@ def check_drafter(
                         "reported for them: sampled from another law, from numbers used before, "
                         "or dropped for their own value"
                     )
-    # The last rows, whose neighbours below and above differ.
-    for row in range(num_rows - len(prompts), num_rows):
+        slots = np.arange(num_draft_tokens)[None]
+        is_drafted = slots < np.asarray(draft.length)[:, None]
+        past = np.c_[past, np.where(is_drafted, draft.tokens, -1)]
+    # Some rows of each prompt that are asked for all K drafts, from the end of the batch.
+    whole = [row for row in range(num_rows - 1, -1, -1) if row % 8 != 7][: 2 * len(prompts) + 1]
+    for row in whole:
         alone = call.rounds(keys[row : row + 1], np.array([row]))
         together = [
             (texts[[row]], asked[[row]], _rows(draft, row)) for texts, asked, draft in rounds
@@ -340,8 +372,17 @@ def _form_problems(number: int, draft: Draft, asked: Array, vocab_size: int) -> 
     return problems
 
 
-def _law_p_values(texts: Array, draft: Draft) -> list[float]:
-    """For each slot, the p-value of the drafted tokens under their reported laws."""
+def _law_p_values(texts: Array, past: Array, draft: Draft) -> list[float]:
+    """For each slot, the p-value of the drafted tokens under their reported laws.
+
+    Four tests, so that a deviation shows whether or not it differs from text to text, and however
+    large the vocabulary is; the smallest p-value counts, four times.
+
+    Args:
+      texts: i32[B, N], the rows' texts before the round.
+      past: i32[B, …], the drafts of earlier rounds.
+      draft: the round's drafts.
+    """
     tokens, lengths = np.asarray(draft.tokens), np.asarray(draft.length)
     probs = np.exp(np.asarray(draft.log_probs, np.float64))
     vocab_size = probs.shape[2]
@@ -351,16 +392,45 @@ def _law_p_values(texts: Array, draft: Draft) -> list[float]:
         if len(rows) == 0:
             p_values.append(1.0)
             continue
-        # Rows of one text and one drafted prefix; each with its own q, mostly the same.
-        history = np.c_[texts[rows], tokens[rows, :slot]]
-        group = np.unique(history, axis=0, return_inverse=True)[1].ravel()
-        num_groups = int(group.max()) + 1
-        expected = np.zeros((num_groups, vocab_size))
-        observed = np.zeros((num_groups, vocab_size))
-        np.add.at(expected, group, np.nan_to_num(probs[rows, slot]))
-        np.add.at(observed, (group, np.clip(tokens[rows, slot], 0, vocab_size - 1)), 1.0)
-        p_values.append(chi_square_p_value(observed, expected))
+        law = np.nan_to_num(probs[rows, slot])
+        drawn = np.clip(tokens[rows, slot], 0, vocab_size - 1)
+        by_text = _groups(texts[rows], tokens[rows, :slot])
+        by_past = _groups(texts[rows], tokens[rows, :slot], past[rows])
+        found = [
+            _p_value_by_group(group, drawn, law)
+            for group in (by_past, by_text, np.zeros(len(rows), int))
+        ]
+        found.append(_p_value_of_likelihood(drawn, law))
+        p_values.append(min(1.0, 4 * min(found)))
     return p_values
+
+
+def _groups(*columns: Array) -> Array:
+    """Numbers the rows' distinct values."""
+    return np.unique(np.concatenate(columns, axis=1), axis=0, return_inverse=True)[1].ravel()
+
+
+def _p_value_by_group(group: Array, drawn: Array, law: Array) -> float:
+    """Each group's counts against the sum of its rows' laws."""
+    shape = (int(group.max()) + 1, law.shape[1])
+    expected, observed = np.zeros(shape), np.zeros(shape)
+    np.add.at(expected, group, law)
+    np.add.at(observed, (group, drawn), 1.0)
+    return chi_square_p_value(observed, expected)
+
+
+def _p_value_of_likelihood(drawn: Array, law: Array) -> float:
+    """Mean log q of the drawn tokens against minus the entropy of q, in standard errors."""
+    of_drawn = law[np.arange(len(drawn)), drawn]
+    if (of_drawn <= 0).any():
+        return 0.0
+    logs = np.log(np.where(law > 0, law, 1.0))
+    mean = (law * logs).sum(axis=1)
+    variance = ((law * logs**2).sum(axis=1) - mean**2).sum()
+    surplus = abs((np.log(of_drawn) - mean).sum())
+    if variance <= 1e-9:
+        return 1.0
+    return math.erfc(surplus / math.sqrt(2 * variance))
 
 
 def _difference(alone: list[_Round], together: list[_Round]) -> str:

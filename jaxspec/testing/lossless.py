@@ -12,13 +12,20 @@ import numpy as np
 from jaxspec.generate import Generation
 from jaxspec.generate import generate as shipped_generate
 from jaxspec.sampling import Sampling
-from jaxspec.testing.comparison import FALSE_ALARM, Comparison, compare, num_samples_for
-from jaxspec.testing.oracle import Oracle, Text
+from jaxspec.testing.comparison import (
+    FALSE_ALARM,
+    Comparison,
+    compare,
+    num_samples_for,
+    power_of,
+)
+from jaxspec.testing.oracle import Law, Oracle, Text
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _PAD = 1  # a token like any other: none may be taken for padding inside a text
+_MOST_SAMPLES = 200_000
 _LOG_PROB_TOLERANCE = 1e-4  # float32 against float64, options included
 
 
@@ -78,7 +85,7 @@ def check_lossless(
     prompts: Sequence[Sequence[int]] = ((0,),),
     max_new_tokens: int = 4,
     num_draft_tokens: int = 3,
-    eos_ids: Sequence[int] | None = None,
+    eos_ids: Sequence[int] | int | None = None,
     num_samples: int | None = None,
     false_alarm: float = FALSE_ALARM,
     key: Any = None,
@@ -103,7 +110,8 @@ def check_lossless(
       num_draft_tokens: K.
       eos_ids: None: the target's; (): texts never end early.
       num_samples: rows for each prompt; None: enough to see a law that is off by a total
-        variation of 0.03 with probability 0.99 (`num_samples_for`).
+        variation of 0.03 with probability 0.99, but at most 200,000 (the report says what would be
+        seen).
       false_alarm: the probability with which a correct program fails, for each prompt.
       key: a PRNG key; None: `jax.random.key(0)`.
       generate: what draws, for testing a wrapper around `jaxspec.generate`.
@@ -123,15 +131,19 @@ def check_lossless(
       >>> report.passed, report.total_variation < 0.03
       (True, True)
     """
+    if isinstance(prompts, str) or not len(prompts) or not all(map(np.ndim, prompts)):
+        raise ValueError("prompts must be a list of token-id lists: wrap one prompt as [prompt].")
+    if isinstance(eos_ids, (int, np.integer)):
+        eos_ids = (int(eos_ids),)
+    if num_samples is not None and (int(num_samples) != num_samples or num_samples < 1):
+        raise ValueError(f"num_samples must be a whole number of at least 1, got {num_samples}.")
     num_kinds = len(prompts)
     oracles = [
         Oracle(target, prompt, max_new_tokens, _of_row(sampling, i, num_kinds), eos_ids=eos_ids)
         for i, prompt in enumerate(prompts)
     ]
     if num_samples is None:
-        num_samples = num_samples_for(
-            max(len(oracle.law) for oracle in oracles), false_alarm=false_alarm
-        )
+        num_samples = max(_num_samples(oracle.law, false_alarm) for oracle in oracles)
     kind = np.arange(num_samples * num_kinds) % num_kinds
     lengths = np.array([len(prompt) for prompt in prompts])
     padded = np.full((num_kinds, int(lengths.max())), _PAD, np.int32)
@@ -185,12 +197,21 @@ def check_lossless(
     )
 
 
+def _num_samples(law: Law, false_alarm: float) -> int:
+    size = num_samples_for(len(law), false_alarm=false_alarm)
+    while size < _MOST_SAMPLES and power_of(law, size, 0.03, false_alarm=false_alarm) < 0.99:
+        size = min(int(1.2 * size), _MOST_SAMPLES)
+    return size
+
+
 def _fields(sampling: Sampling) -> dict[str, Any]:
     return {field.name: getattr(sampling, field.name) for field in dataclasses.fields(sampling)}
 
 
 def _of_row(sampling: Sampling, row: int, num_rows: int) -> Sampling:
     """One prompt's options."""
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a jaxspec.Sampling, got {sampling!r}.")
     return Sampling(
         **{
             name: np.asarray(value)[row] if _is_array(name, value, num_rows) else value

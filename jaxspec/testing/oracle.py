@@ -21,6 +21,7 @@ Law: TypeAlias = dict[Text, float]
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _MOST_TEXTS = 20_000
+_UNDECIDED = 1e-6
 
 
 @jax.jit
@@ -46,7 +47,8 @@ class Oracle:
       law: {text: probability}, float64; a text is the tuple of new tokens, an EOS included.
 
     Raises:
-      ValueError: more than 20,000 texts would have to be enumerated.
+      ValueError: more than 20,000 texts would have to be enumerated; the prompt is empty or holds
+        ids outside the vocabulary; an option's threshold is undecided up to rounding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,7 +67,23 @@ class Oracle:
         *,
         eos_ids: Sequence[int] | None = None,
     ):
+        if not isinstance(target, LanguageModel):
+            raise ValueError(
+                f"target must be a jaxspec.LanguageModel, got {type(target).__name__}; "
+                "jaxspec.testing.table_model makes a small one."
+            )
+        if not isinstance(sampling, Sampling):
+            raise ValueError(f"sampling must be a jaxspec.Sampling, got {sampling!r}.")
         size = target.vocab_size
+        ids = np.asarray(prompt)
+        is_text = ids.ndim == 1 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
+        if not is_text or ids.min() < 0 or ids.max() >= size:
+            raise ValueError(
+                f"a prompt must be a list of token ids, 0 … {size - 1}, and not empty; "
+                f"got {prompt!r}."
+            )
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
         if size**num_tokens > _MOST_TEXTS:
             raise ValueError(
                 f"{size} tokens and {num_tokens} new tokens make {size**num_tokens} texts, more "
@@ -131,6 +149,10 @@ def next_token_law(
       min_p: relative to the likeliest token.
       repetition_penalty: on every token of the context.
 
+    Raises:
+      ValueError: top_p or min_p lies so close to a token's own mass that rounding would decide
+        whether it stays: no law is exact there.
+
     Example:
       >>> import numpy as np
       >>> next_token_law(np.log([0.5, 0.3, 0.2]), [], top_k=2).round(3).tolist()
@@ -153,9 +175,21 @@ def next_token_law(
     order = np.lexsort((np.arange(len(probs)), probs))[::-1]
     ahead = np.cumsum(probs[order]) - probs[order]
     if top_p < 1:
+        _check_decided("top_p", top_p, np.abs(ahead - top_p))
         probs[order[ahead >= top_p]] = 0.0
-    probs[probs < min_p * probs.max()] = 0.0
+    share = probs / probs.max()
+    if min_p > 0:  # a share of exactly 1 is a tie with the likeliest: it stays
+        _check_decided("min_p", min_p, np.abs(share - min_p)[(probs > 0) & (share < 1)])
+    probs[share < min_p] = 0.0
     return probs / probs.sum()
+
+
+def _check_decided(name: str, value: float, distances: Array) -> None:
+    if distances.size and distances.min() < _UNDECIDED:
+        raise ValueError(
+            f"{name} = {value} lies within {_UNDECIDED} of a token's own mass, where rounding "
+            "decides whether the token stays; choose a value between two masses."
+        )
 
 
 _NEUTRAL = {

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.arguments import check_type
 from jaxspec.testing.comparison import FALSE_ALARM, compare
 from jaxspec.testing.enumeration import Block, Laws, emitted_laws
 from jaxspec.testing.oracle import Text
 from jaxspec.types import NO_TOKEN, Draft, Verdict, Verifier
+from jaxspec.verifiers import ratio
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -96,8 +98,10 @@ def check_verifier(
     zeros where the target has none and the other way round, target and draft as point masses,
     and drafts shorter than K. Every verdict's form is checked as well.
 
-    A rule with a `judge` (see `jaxspec.types.Verifier`) is enumerated, exactly; the law of any
-    other is sampled over `num_samples` drafts and keys a case.
+    A rule with a `judge` (see `jaxspec.types.Verifier`) is enumerated, exactly, and calling it has
+    to be that judge; the law of any other is sampled over `num_samples` drafts and keys a case.
+    What a rule says of its keys (`is_keyed_by_position`, `shares_noise`) and a guarantee of
+    "tokens" concern several rounds: `check_lossless` tests them.
 
     Args:
       verifier: the rule, from `jaxspec.verifiers` or your own.
@@ -110,12 +114,22 @@ def check_verifier(
     Returns:
       A `VerifierReport`, with the expected number of accepted drafts of each case.
 
+    Raises:
+      ValueError: no verifier; sizes that cannot be enumerated; a `judge` whose numbers do not
+        decide as described.
+
     Example:
       >>> import jaxspec
       >>> report = check_verifier(jaxspec.verifiers.rejection())
       >>> report.passed, report.total_variation < 1e-5
       (True, True)
     """
+    check_type("verifier", verifier, Verifier, "jaxspec.verifiers")
+    if not (2 <= vocab_size <= 256 and num_draft >= 1 and vocab_size**num_draft <= 4096):
+        raise ValueError(
+            "check_verifier enumerates every draft: it takes 2 ≤ vocab_size ≤ 256, num_draft ≥ 1 "
+            f"and at most 4,096 drafts, got {vocab_size} ** {num_draft}."
+        )
     cases = blocks(vocab_size=vocab_size, num_draft=num_draft, seed=seed)
     if getattr(verifier, "needs_greedy_sampling", False):
         cases = {name: block for name, block in cases.items() if "greedy" in name}
@@ -184,7 +198,7 @@ def _enumerated(verifier: Any, cases: dict[str, Block]) -> list[VerifierCase]:
         }
         laws = emitted_laws(verifier, list(group.values()))
         for (name, block), law in zip(group.items(), laws, strict=True):
-            problem = _form_problem(*_verdicts(verifier, block))
+            problem = _call_problem(verifier, block)
             ours, exact = block.completed(law), block.target_law()
             distance = 0.5 * sum(
                 abs(ours.get(text, 0.0) - exact.get(text, 0.0)) for text in set(ours) | set(exact)
@@ -196,11 +210,24 @@ def _enumerated(verifier: Any, cases: dict[str, Block]) -> list[VerifierCase]:
     return [found[name] for name in cases]
 
 
-def _verdicts(verifier: Any, block: Block) -> tuple[Any, Draft]:
-    """The verdicts on every draft of a block, and the drafts."""
-    draft, target = block.arrays([text for text, _ in block.texts()])
+def _call_problem(verifier: Any, block: Block) -> str:
+    """What is wrong with calling the rule on keys: its form, or that it is not its judge."""
+    texts = [text for text, _ in block.texts()]
+    draft, target = block.arrays(texts * max(1, 512 // len(texts)))
     keys = jax.random.split(jax.random.key(0), (draft.tokens.shape[0], block.num_draft + 1))
-    return _call(verifier, keys, draft, target), draft
+    called = _call(verifier, keys, draft, target)
+    if problem := _form_problem(called, draft, block.vocab_size):
+        return problem
+    judged = _judge(verifier, jax.random.clone(keys), draft, target)
+    is_same = (called.tokens == judged.tokens).all()
+    if not (is_same and (called.num_accepted == judged.num_accepted).all()):
+        return "calling it is not its judge on jaxspec.verifiers.ratio.uniforms(keys)"
+    return ""
+
+
+@jax.jit
+def _judge(verifier: Any, keys: jax.Array, draft: Draft, target: jax.Array) -> Verdict:
+    return jax.vmap(verifier.judge)(jax.vmap(ratio.uniforms)(keys), draft, target)
 
 
 @jax.jit
@@ -224,10 +251,9 @@ def _sampled(
         jax.random.key(int(rng.integers(2**31))), (num_samples, block.num_draft + 1)
     )
     verdict = _call(verifier, keys, draft, target)
-    problem = _form_problem(verdict, draft)
+    if problem := _form_problem(verdict, draft, block.vocab_size):
+        return VerifierCase(name, False, 1.0, 0.0, 0.0, problem)
     tokens, accepted = np.asarray(verdict.tokens), np.asarray(verdict.num_accepted)
-    if problem:
-        return VerifierCase(name, False, 1.0, 0.0, float(accepted.mean()), problem)
     emitted, times = np.unique(np.c_[accepted, tokens], axis=0, return_counts=True)
     counts: dict[Text, int] = {}
     for (count, *row), repeats in zip(emitted.tolist(), times.tolist(), strict=True):
@@ -248,18 +274,22 @@ def _sampled(
     )
 
 
-def _form_problem(verdict: Any, draft: Draft) -> str:
+def _form_problem(verdict: Any, draft: Draft, vocab_size: int) -> str:
     """What is wrong with the verdicts' form, or nothing."""
+    if not isinstance(verdict, Verdict):
+        return f"a rule returns a jaxspec.Verdict, got {type(verdict).__name__}"
     num_rows, num_slots = draft.tokens.shape
-    tokens, accepted = verdict.tokens, verdict.num_accepted
-    if tokens.shape != (num_rows, num_slots + 1) or accepted.shape != (num_rows,):
+    form = verdict.tokens, verdict.num_accepted
+    if verdict.tokens.shape != (num_rows, num_slots + 1) or verdict.num_accepted.shape != (
+        num_rows,
+    ):
         return (
-            f"a verdict is tokens [K + 1] and num_accepted [], got {tokens.shape[1:]} and "
-            f"{accepted.shape[1:]}"
+            "a verdict is tokens [K + 1] and num_accepted [], got "
+            f"{' and '.join(str(x.shape[1:]) for x in form)}"
         )
-    if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (tokens, accepted)):
-        return f"a verdict holds integers, got {tokens.dtype} and {accepted.dtype}"
-    tokens, accepted = np.asarray(tokens), np.asarray(accepted)
+    if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in form):
+        return f"a verdict holds integers, got {' and '.join(str(x.dtype) for x in form)}"
+    tokens, accepted = map(np.asarray, form)
     if (accepted < 0).any() or (accepted > np.asarray(draft.length)).any():
         return "num_accepted must lie in 0 … draft.length: a correction is no accepted draft"
     slots = np.arange(num_slots + 1)
@@ -268,6 +298,8 @@ def _form_problem(verdict: Any, draft: Draft) -> str:
         return "the accepted drafts must stand first among the verdict's tokens"
     if (tokens[slots[None] == accepted[:, None]] < 0).any():
         return "a correction or bonus must stand behind the accepted drafts"
+    if (tokens >= vocab_size).any():
+        return f"a verdict's ids must lie below {vocab_size}, the vocabulary's size"
     if (tokens[slots[None] > accepted[:, None]] != NO_TOKEN).any():
         return f"slots behind the correction or bonus must hold {NO_TOKEN}"
     return ""

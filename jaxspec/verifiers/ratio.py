@@ -26,8 +26,8 @@ def log_ratios(draft: Draft, target_log_probs: Array) -> Array:
     """Log p(x) / q(x) of each draft, f32[K].
 
     -inf, which never passes a test, for a draft that p gives no chance, that its own q cannot
-    draw (also 0 / 0), or whose p or q is not a number. Slots beyond the draft's length hold
-    garbage.
+    draw (also 0 / 0), whose p or q is not a number, or that is no token of the vocabulary. Slots
+    beyond the draft's length hold garbage.
     """
     slots = jnp.arange(draft.tokens.shape[0])
     target = target_log_probs[slots, draft.tokens]
@@ -36,6 +36,8 @@ def log_ratios(draft: Draft, target_log_probs: Array) -> Array:
         drafted = draft.log_probs[slots, draft.tokens]
     ratios = target - drafted
     can_pass = (drafted > -jnp.inf) & (target > -jnp.inf) & ~jnp.isnan(ratios)
+    # Indexing beyond the vocabulary clamps, or wraps around.
+    can_pass &= (draft.tokens >= 0) & (draft.tokens < target_log_probs.shape[1])
     return jnp.where(can_pass, ratios, -jnp.inf)
 
 

@@ -275,9 +275,9 @@ def test_strategies_left_out():
     assert engine(model(default_drafter=own), drafter="auto").drafter == own
     assert engine(drafter=own).num_draft_tokens == 4
     assert engine(drafter=own).policy == policies.fixed(4)
-    assert engine(drafter=own).verifier == verifiers.rejection()
+    assert engine(drafter=own).verifier == verifiers.block()
     assert engine(drafter=own, sampling=GREEDY).verifier == verifiers.greedy()
     # An array of zeros is data: the ratio rule serves it, and the greedy rule is allowed.
     zeros = Sampling(temperature=np.zeros(1))
-    assert engine(drafter=own, sampling=zeros).verifier == verifiers.rejection()
+    assert engine(drafter=own, sampling=zeros).verifier == verifiers.block()
     assert engine(verifier=verifiers.greedy(), sampling=zeros).verifier == verifiers.greedy()

@@ -164,6 +164,36 @@ def test_impossible_drafts_are_rejected_and_counted(rule):
 
 
 @pytree.dataclass
+class Outside:
+    """Drafts an id that is no token, with and without a q."""
+
+    token: int = pytree.static()
+    has_law: bool = pytree.static()
+
+    hidden_layers = ()
+
+    init, prefill, commit = Liar.init, Liar.prefill, Liar.commit
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        tokens = jnp.full(keys.shape, self.token, jnp.int32)
+        law = jnp.log(jnp.full((*keys.shape, 3), 1 / 3)) if self.has_law else None
+        return Draft(tokens, law, num_draft), state
+
+
+@pytest.mark.parametrize("rule", ["block", "rejection", "match"])
+@pytest.mark.parametrize(("token", "has_law"), [(-1, True), (3, True), (100, False)])
+def test_ids_outside_the_vocabulary_are_rejected_and_counted(rule, token, has_law):
+    out = jaxspec.generate(
+        _FLAT, [[0]] * 64, drafter=Outside(token, has_law), verifier=getattr(verifiers, rule)(),
+        max_new_tokens=5, num_draft_tokens=2, key=jax.random.key(0),
+    )  # fmt: skip
+    counters = _counters(out)
+    assert counters["num_impossible_draft_tokens"] == counters["num_draft_tokens"] > 0
+    assert int(np.asarray(out.stats.num_accepted_draft_tokens).sum()) == 0
+    assert ((np.asarray(out.tokens) >= 0) & (np.asarray(out.tokens) < 3)).all()
+
+
+@pytree.dataclass
 class Rounding:
     """Draws from a uniform p and reports q = 1 for every token: no residual is left."""
 

@@ -257,7 +257,7 @@ def _process(logits, options, seen):
 def test_options_are_the_oracle_s(
     logits, masked, context, temperature, top_k, top_p, min_p, penalty
 ):
-    """Ties, masked logits and every combination; not within 1e-5 of a threshold."""
+    """Ties, masked logits and every combination; not where rounding decides."""
     logits = logits.copy()
     logits[list(masked)] = -np.inf
     values = {
@@ -266,7 +266,12 @@ def test_options_are_the_oracle_s(
     }  # fmt: skip
     numbers = {name: np.asarray(value, np.float32).item() for name, value in values.items()}
     numbers["top_k"] = top_k
-    _assume_clear(logits, context, numbers)
+    # At min_p = 1 ties with the likeliest stay, and only those: they must be exact.
+    assume(min_p < 1 or temperature in (0.0, 0.25, 1.0))
+    try:
+        exact = next_token_law(logits, context, **numbers)
+    except ValueError:  # rounding decides
+        assume(False)
     options = sampling.resolve(
         sampling.Sampling(**{name: np.array([value]) for name, value in values.items()}), 1
     )
@@ -274,23 +279,8 @@ def test_options_are_the_oracle_s(
     seen[context] = True
     row = jax.tree.map(lambda x: x[0], options)
     ours = np.exp(np.asarray(_process(jnp.asarray(logits), row, jnp.asarray(seen)), np.float64))
-    exact = next_token_law(logits, context, **numbers)
     np.testing.assert_allclose(ours, exact, atol=2e-6)
     assert ((ours > 0) == (exact > 0)).all()
-
-
-def _assume_clear(logits, context, numbers):
-    """No cumulative mass near top-p, no probability near min-p."""
-    if numbers["temperature"] == 0:
-        return
-    cut = numbers | {"top_p": 1.0, "min_p": 0.0}
-    probs = np.sort(next_token_law(logits, context, **cut))
-    assume((np.abs(1 - np.cumsum(probs) - numbers["top_p"])[:-1] > 1e-5).all())
-    kept = next_token_law(logits, context, **(numbers | {"min_p": 0.0}))
-    is_near = np.abs(kept - numbers["min_p"] * kept.max()) < 1e-5
-    assume(numbers["min_p"] in (0.0, 1.0) or not (is_near & (kept > 0)).any())
-    # At min_p = 1 ties with the likeliest stay, and only those: they must be exact.
-    assume(numbers["min_p"] < 1.0 or numbers["temperature"] in (0.25, 1.0))
 
 
 @_SETTINGS

@@ -58,6 +58,14 @@ def test_oracle_feeds_the_model_s_own_context():
     assert sum(oracle.law.values()) == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.parametrize("options", [{"top_p": 0.8}, {"min_p": 0.6}, {"min_p": 0.4}])
+def test_oracle_refuses_thresholds_that_rounding_decides(options):
+    """0.5 + 0.3 is 0.8 in one precision and not in the other."""
+    lm = table_model(np.log(np.array([[0.5, 0.3, 0.2]] * 3)).astype(np.float32), order=1)
+    with pytest.raises(ValueError, match="where rounding decides"):
+        Oracle(lm, [0], 2, Sampling(**options))
+
+
 def test_oracle_refuses_what_cannot_be_enumerated():
     with pytest.raises(ValueError, match="smaller vocabulary or fewer tokens"):
         Oracle(TARGET, [0], 20)
@@ -147,6 +155,16 @@ def test_the_table_is_readable():
     assert "                     0 1    0.50000    0.30000   -0.20000" in text
 
 
+def test_numbers_that_are_no_probabilities_are_refused():
+    for kwargs in ({"distance": 0}, {"power": 1.5}, {"false_alarm": 0.0}, {"distance": -0.1}):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            num_samples_for(8, **kwargs)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        compare({(0,): 1}, {(0,): 1.0}, false_alarm=0)
+    with pytest.raises(ValueError, match="add up to 1"):
+        compare({(0,): 1}, {(0,): 1.1})
+
+
 def test_comparing_nothing_is_refused():
     with pytest.raises(ValueError, match="counts is empty"):
         compare({}, {(0,): 1.0})
@@ -234,6 +252,17 @@ def test_match_is_held_to_its_promise():
 
 
 def test_check_lossless_refuses():
+    for prompts in ([], [0, 1], "hi", [[]], [[3]], [[0.5]]):
+        with pytest.raises(ValueError, match="prompt"):
+            check_lossless(TARGET, prompts=prompts)
+    with pytest.raises(ValueError, match=r"must be a jaxspec\.LanguageModel"):
+        check_lossless(None)
+    with pytest.raises(ValueError, match=r"must be a jaxspec\.Sampling"):
+        check_lossless(TARGET, sampling={})
+    with pytest.raises(ValueError, match="at least 1"):
+        check_lossless(TARGET, max_new_tokens=0)
+    with pytest.raises(ValueError, match="whole number"):
+        check_lossless(TARGET, num_samples=10.5)
     with pytest.raises(ValueError, match="top_k must be one number or an array"):
         check_lossless(TARGET, sampling=Sampling(top_k=np.array([1, 2])), prompts=[[0]])
     with pytest.raises(ValueError, match="smaller vocabulary or fewer tokens"):
@@ -306,6 +335,42 @@ class OneKey(Base):
     def sample(self, keys, log_probs):
         first = jnp.broadcast_to(keys[:, :1], keys.shape)
         return Base.sample(self, jax.random.clone(first), log_probs)
+
+
+class Recycle(Base):
+    """Proposes the tail of a draft again, with its q, if nothing of it was accepted."""
+
+    def init(self, batch, capacity):
+        return jnp.full((batch, 3), -1, jnp.int32)
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        draft, _ = Base.propose(self, keys, state, context, num_draft, keep_drafting)
+        again = jnp.concatenate([state[:, 1:], draft.tokens[:, 2:]], axis=1)
+        is_known = (state[:, :1] >= 0) & (jnp.arange(3)[None] < 2)
+        return draft._replace(tokens=jnp.where(is_known, again, draft.tokens)), state
+
+    def commit(self, state, outcome):
+        is_lost = (outcome.num_accepted == 0) & (outcome.draft.length == 3)
+        return jnp.where(is_lost[:, None], outcome.draft.tokens, -1)
+
+
+class ByPosition(Base):
+    """A key of its own, folded with the position: a position tried again sees old numbers."""
+
+    def init(self, batch, capacity):
+        return jnp.zeros((batch, 2), jnp.uint32), jnp.zeros((batch,), bool)
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        data, is_known = state
+        data = jnp.where(is_known[:, None], data, jax.random.key_data(keys[:, 0]))
+        own = jax.vmap(jax.random.wrap_key_data)(data)
+        at = context.lengths[:, None] + jnp.arange(keys.shape[1])[None]
+        own = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(own, at)
+        draft, _ = Base.propose(self, own, state, context, num_draft, keep_drafting)
+        return draft, (data, is_known | True)
+
+    def commit(self, state, outcome):
+        return state
 
 
 class OldKeys(Base):
@@ -423,6 +488,8 @@ def _new(cls):
         (LaterValue, "do not have the q that is reported"),
         (OneKey, "do not have the q that is reported"),
         (OldKeys, "do not have the q that is reported"),
+        (Recycle, "round 1, slot 0: the drafts do not have the q"),
+        (ByPosition, "round 1, slot 0: the drafts do not have the q"),
         (Neighbour, "a row alone has"),
         (RowNumber, "a row alone has"),
         (TooMany, "more drafts than num_draft"),
@@ -439,6 +506,51 @@ def test_wrong_drafters_fail_for_their_reason(wrong, problem):
         report = check_drafter(_new(wrong), TARGET)
     with pytest.raises(AssertionError, match=problem):
         report.assert_passed()
+
+
+@pytest.mark.exactness
+def test_batch_independence_is_tested_with_one_prompt():
+    report = check_drafter(_new(RowNumber), TARGET, prompts=[[0]])
+    with pytest.raises(AssertionError, match="a row alone has"):
+        report.assert_passed()
+
+
+class Lagging(Base):
+    """Right, until a draft was accepted whole; then q is of another text, over many tokens."""
+
+    size = 16
+
+    def propose(self, keys, state, context, num_draft, keep_drafting):
+        law = jax.nn.log_softmax(jnp.sin(jnp.arange(16.0) * 2.0))
+        law = jnp.broadcast_to(law, (*keys.shape, 16))
+        is_late = (state > 1)[:, None, None] & (jnp.arange(keys.shape[1]) > 0)[None, :, None]
+        reported = jnp.where(is_late, jnp.roll(law, 1, axis=2), law)
+        return Draft(self.sample(keys, law), reported, num_draft), state
+
+
+@pytest.mark.exactness
+def test_a_wrong_law_is_seen_over_a_larger_vocabulary():
+    """Groups of one text are too small for a test of their own; all rows together are not."""
+    target = table_model(random_logits(0, vocab_size=16, order=1), order=1)
+    problems = check_drafter(_new(Lagging), target).problems
+    assert [problem[:15] for problem in problems] == ["round 2, slot 1", "round 2, slot 2"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"drafter": None}, "no drafter to check"),
+        ({"drafter": drafters.model}, "called"),
+        ({"drafter": "auto"}, "must come from"),
+        ({"num_samples": 10}, "at least 100"),
+        ({"num_samples": 10**8}, "4 GB"),
+        ({"drafter": drafters.model(table_model(np.zeros((2, 2)), order=1))}, "one vocabulary"),
+    ],
+)
+def test_check_drafter_refuses(kwargs, message):
+    arguments = {"drafter": drafters.prompt_lookup(), "target": TARGET} | kwargs
+    with pytest.raises(ValueError, match=message):
+        check_drafter(**arguments)
 
 
 @pytest.mark.exactness
@@ -505,6 +617,8 @@ def test_a_slightly_wrong_rule_is_enumerated():
         (lambda v, d: v._replace(tokens=jnp.where(v.tokens < 0, 0, v.tokens)), "must hold -1"),
         (lambda v, d: v._replace(tokens=jnp.full_like(v.tokens, NO_TOKEN)), "accepted drafts"),
         (lambda v, d: v._replace(tokens=v.tokens.astype(jnp.float32)), "holds integers"),
+        (lambda v, d: v._replace(tokens=v.tokens.at[v.num_accepted].set(7)), "must lie below 3"),
+        (lambda v, d: tuple(v), r"returns a jaxspec\.Verdict"),
     ],
 )
 def test_malformed_verdicts_are_named(change, problem):
@@ -521,7 +635,7 @@ def test_malformed_verdicts_are_named(change, problem):
 
 
 def test_a_judge_that_cannot_be_enumerated_is_refused():
-    """A test that passes inside an interval has two borders."""
+    """A test that passes inside an interval has two borders; a number that should be idle acts."""
 
     @pytree.dataclass
     class Interval:
@@ -534,8 +648,54 @@ def test_a_judge_that_cannot_be_enumerated_is_refused():
             numbers = numbers.at[:, 0].set((numbers[:, 0] + 0.4) % 1.0)
             return verifiers.rejection().judge(numbers, draft, target_log_probs)
 
-    with pytest.raises(ValueError, match="cannot be enumerated"):
-        check_verifier(Interval())
+    @pytree.dataclass
+    class Idle:
+        guarantee = "distribution"
+
+        def __call__(self, keys, draft, target_log_probs):
+            return self.judge(ratio.uniforms(keys), draft, target_log_probs)
+
+        def judge(self, numbers, draft, target_log_probs):
+            verdict = verifiers.rejection().judge(numbers, draft, target_log_probs)
+            acts = (numbers[verdict.num_accepted, 1] > 0.7) & (verdict.num_accepted == 0)
+            first = jnp.where(acts, 0, verdict.tokens[0])
+            return verdict._replace(tokens=verdict.tokens.at[0].set(first))
+
+    for rule in (Interval(), Idle()):
+        with pytest.raises(ValueError, match="cannot be enumerated"):
+            check_verifier(rule)
+
+
+def test_calling_a_rule_must_be_its_judge():
+    @pytree.dataclass
+    class OneKeyForAll:
+        guarantee = "distribution"
+
+        def __call__(self, keys, draft, target_log_probs):
+            numbers = ratio.uniforms(jnp.broadcast_to(keys[:1], keys.shape))
+            return self.judge(numbers, draft, target_log_probs)
+
+        def judge(self, numbers, draft, target_log_probs):
+            return verifiers.rejection().judge(numbers, draft, target_log_probs)
+
+    with jax.debug_key_reuse(False):
+        report = check_verifier(OneKeyForAll())
+    assert "calling it is not its judge" in str(report)
+    assert not report.passed
+
+
+def test_check_verifier_refuses():
+    for kwargs in ({"vocab_size": 300, "num_draft": 1}, {"vocab_size": 1}, {"num_draft": 0}):
+        with pytest.raises(ValueError, match="enumerates every draft"):
+            check_verifier(verifiers.rejection(), **kwargs)
+
+    class Unregistered(Lenient):
+        pass
+
+    with pytest.raises(ValueError, match="is no pytree"):
+        check_verifier(Unregistered())
+    with pytest.raises(ValueError, match="called"):
+        check_verifier(verifiers.block)
 
 
 def test_policies_that_a_check_cannot_see_through_are_seen_in_the_law():
