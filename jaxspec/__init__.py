@@ -3,6 +3,7 @@
 from jaxspec import drafters as drafters
 from jaxspec import policies as policies
 from jaxspec import status as status
+from jaxspec import testing as testing
 from jaxspec import verifiers as verifiers
 from jaxspec.generate import Generation as Generation
 from jaxspec.generate import generate as generate

@@ -114,7 +114,7 @@ def _engine(
     if isinstance(drafter, str) or not (drafter is None or isinstance(drafter, Drafter)):
         raise ValueError(
             "drafter must come from jaxspec.drafters or follow jaxspec.types.Drafter, or be "
-            f"'auto' or None; got {drafter!r}."
+            f"'auto' or None; got {drafter!r}{_lacks(drafter, Drafter)}."
         )
     if drafter is None:
         num_draft_tokens = 0
@@ -153,8 +153,17 @@ def check_type(name: str, value: Any, protocol: type, home: str) -> None:
         return
     raise ValueError(
         f"{name} must come from {home} (called: {home}.name()) or follow "
-        f"jaxspec.types.{protocol.__name__}; got {value!r}."
+        f"jaxspec.types.{protocol.__name__}; got {value!r}{_lacks(value, protocol)}."
     )
+
+
+def _lacks(value: Any, protocol: type) -> str:
+    """What keeps a value from following a protocol, as the end of a sentence."""
+    if isinstance(value, type):
+        return ", a class: pass an instance"
+    names = [name for name in vars(protocol) if not name.startswith("_")]
+    missing = [name for name in names if not hasattr(value, name)]
+    return f", which lacks {', '.join(missing)}" if 0 < len(missing) < len(names) else ""
 
 
 def _check_pytree(strategy: Any) -> None:

@@ -32,12 +32,14 @@ class DrafterReport:
       is_deterministic: whether the drafts are point masses.
       mean_length: drafted tokens a round.
       p_values: {(round, slot): p-value of the drafted tokens under the reported q}.
+      false_alarm: at or below which a p-value fails.
     """
 
     problems: tuple[str, ...]
     is_deterministic: bool
     mean_length: float
     p_values: dict[tuple[int, int], float]
+    false_alarm: float = FALSE_ALARM
 
     @property
     def passed(self) -> bool:
@@ -58,7 +60,7 @@ class DrafterReport:
         ]
         lines += [f"problem: {problem}" for problem in self.problems]
         lines += [
-            f"round {number} slot {slot}: p = {p:.2g}"
+            f"round {number} slot {slot}: p = {p:.2g} (fails at {self.false_alarm:.0e})"
             for (number, slot), p in self.p_values.items()
         ]
         return "\n".join(lines)
@@ -199,11 +201,12 @@ def check_drafter(
       the reported law among all rows, among rows with one text, earlier drafts (rejected ones
       too) and drafts before them, and on average their likelihood under q is what q says. Tokens
       dropped for their own value show here, too: what is left of a slot then has another law.
-    - **Batch independence**: a row drafts the same alone, with its own key.
+    - **Batch independence**: a row drafts the same alone, with its own key, in a wider buffer.
 
-    Between the rounds none and then all of the drafts are accepted, so that states that were
-    rolled back and caches that lag are seen. It does not tell whether the drafts are any good;
-    `check_lossless` shows the law of what is written with them.
+    Between the rounds none and then all of the drafts are accepted, so that numbers kept from an
+    earlier round are seen. It does not tell whether the drafts are any good: a stale cache samples
+    truly from its stale q (draft with the target itself and expect an acceptance rate of 1).
+    `check_lossless` shows the law of what is written with the drafts. The policy is `fixed`.
 
     Args:
       drafter: the drafter.
@@ -255,19 +258,16 @@ def check_drafter(
         if draft.log_probs is not None and draft.log_probs.shape[2] == target.vocab_size:
             for slot, p in enumerate(_law_p_values(texts, past, draft)):
                 p_values[number, slot] = p
-                if p <= false_alarm:
-                    problems.append(
-                        f"round {number}, slot {slot}: the drafts do not have the q that is "
-                        "reported for them: sampled from another law, from numbers used before, "
-                        "or dropped for their own value"
-                    )
         slots = np.arange(num_draft_tokens)[None]
         is_drafted = slots < np.asarray(draft.length)[:, None]
         past = np.c_[past, np.where(is_drafted, draft.tokens, -1)]
+    wrong = [at for at, p in p_values.items() if p <= false_alarm]
+    if wrong and not any("does not sum to 1" in problem for problem in problems):
+        problems.append(_law_problem(wrong))
     # Some rows of each prompt that are asked for all K drafts, from the end of the batch.
     whole = [row for row in range(num_rows - 1, -1, -1) if row % 8 != 7][: 2 * len(prompts) + 1]
     for row in whole:
-        alone = call.rounds(keys[row : row + 1], np.array([row]))
+        alone = call.rounds(keys[row : row + 1], np.array([row]), padding=7)
         together = [
             (texts[[row]], asked[[row]], _rows(draft, row)) for texts, asked, draft in rounds
         ]
@@ -280,7 +280,22 @@ def check_drafter(
         rounds[0][2].log_probs is None,
         float(np.mean(lengths)),
         p_values,
+        false_alarm,
     )
+
+
+def _law_problem(wrong: list[tuple[int, int]]) -> str:
+    """Names the (round, slot) pairs whose drafts do not have their q, and what it may be."""
+    where = "; ".join(
+        f"round {number}: slot {', '.join(str(slot) for other, slot in wrong if other == number)}"
+        for number in dict.fromkeys(number for number, _ in wrong)
+    )
+    cause = "sampled from another law, or dropped for their own value"
+    if all(number > 0 for number, _ in wrong):
+        cause = "drawn with numbers kept from an earlier round"
+    elif all(slot > 0 for _, slot in wrong):
+        cause = "one key for several slots, or another law behind the first"
+    return f"the drafts do not have the q that is reported for them ({where}): perhaps {cause}"
 
 
 _Round: TypeAlias = tuple[Array, Array, Draft]
@@ -305,12 +320,13 @@ class _Call:
         for i, prompt in enumerate(prompts):
             self.prompts[i, : len(prompt)] = prompt
 
-    def rounds(self, keys: jax.Array, rows: Array) -> list[_Round]:
+    def rounds(self, keys: jax.Array, rows: Array, padding: int = 0) -> list[_Round]:
         """(text before the round, drafts asked for, draft) of each round, for some rows.
 
         Args:
           keys: key[B], one for each of the rows.
           rows: i[B], the rows' numbers, which decide about prompt and draft length.
+          padding: by how much the prompts' array, and so the token buffer, is wider.
         """
         kind = rows % len(self.lengths)
         # Every eighth row drafts less, from nothing up.
@@ -319,7 +335,7 @@ class _Call:
         ).astype(np.int32)
         prepared = arguments.prepare(
             self.target,
-            self.prompts[kind],
+            np.pad(self.prompts[kind], ((0, 0), (0, padding))),
             prompt_lengths=self.lengths[kind],
             drafter=_Recorder(self.drafter),
             verifier=_Scripted(jnp.int32(0)),

@@ -68,7 +68,8 @@ class LosslessReport:
         """The problems, and a table for each prompt."""
         parts = [
             f"check_lossless {'passed' if self.passed else 'FAILED'}: {self.tokens_per_step:.2f} "
-            f"tokens a step, {self.acceptance_rate:.0%} of the drafts accepted"
+            f"tokens a step, {self.acceptance_rate:.0%} of the drafts accepted, "
+            f"{self.num_fallbacks} numerical fallbacks"
         ]
         parts += [f"problem: {problem}" for problem in self.problems]
         parts += [f"prompt {i} {row}" for i, row in enumerate(self.rows)]

@@ -133,6 +133,8 @@ def check_verifier(
     cases = blocks(vocab_size=vocab_size, num_draft=num_draft, seed=seed)
     if getattr(verifier, "needs_greedy_sampling", False):
         cases = {name: block for name, block in cases.items() if "greedy" in name}
+    if problem := _plain_problem(verifier, vocab_size):
+        return VerifierReport((VerifierCase("no drafts (K = 0)", False, 1.0, 0.0, 0.0, problem),))
     if hasattr(verifier, "judge"):
         return VerifierReport(tuple(_enumerated(verifier, cases)))
     return VerifierReport(
@@ -196,18 +198,33 @@ def _enumerated(verifier: Any, cases: dict[str, Block]) -> list[VerifierCase]:
             for name, block in cases.items()
             if (block.drafted is not None) == is_sampled
         }
+        problems = [_call_problem(verifier, block) for block in group.values()]
+        if bad := {name: p for name, p in zip(group, problems, strict=True) if p}:
+            return [
+                VerifierCase(name, True, 1.0, 0.0, 0.0, problem) for name, problem in bad.items()
+            ]
         laws = emitted_laws(verifier, list(group.values()))
         for (name, block), law in zip(group.items(), laws, strict=True):
-            problem = _call_problem(verifier, block)
             ours, exact = block.completed(law), block.target_law()
             distance = 0.5 * sum(
                 abs(ours.get(text, 0.0) - exact.get(text, 0.0)) for text in set(ours) | set(exact)
             )
-            if not problem and distance > _EXACT_BOUND:
-                problem = "another law than the target's"
+            problem = "another law than the target's" if distance > _EXACT_BOUND else ""
             accepted = sum(mass * (len(text) - 1) for text, mass in law.items())
             found[name] = VerifierCase(name, True, distance, _EXACT_BOUND, accepted, problem)
     return [found[name] for name in cases]
+
+
+def _plain_problem(verifier: Any, vocab_size: int) -> str:
+    """What is wrong where nothing is drafted at all: plain decoding is K = 0."""
+    draft = Draft(jnp.zeros((4, 0), jnp.int32), None, jnp.zeros((4,), jnp.int32))
+    keys = jax.random.split(jax.random.key(0), (4, 1))
+    target = jnp.full((4, 1, vocab_size), -jnp.log(float(vocab_size)))
+    try:
+        verdict = _call(verifier, keys, draft, target)
+    except (IndexError, TypeError, ValueError) as error:
+        return f"fails where nothing is drafted, K = 0, as in plain decoding: {error}"
+    return _form_problem(verdict, draft, vocab_size)
 
 
 def _call_problem(verifier: Any, block: Block) -> str:

@@ -45,7 +45,9 @@ def match(*, share_noise: bool = True) -> Match:
     are fed at once.
 
     Deterministic drafts are accepted with probability p(x), as by the other rules; sampled drafts
-    with at least (1 - TV) / (1 + TV) where the noise is shared, against 1 - TV for `rejection`.
+    with at least (1 - TV) / (1 + TV) where the noise is shared, against 1 - TV for `rejection`, and
+    only with Σ p q where it is not. `drafters.model` shares it; a drafter of one's own does by
+    `drawing.race` on `Context.noise_keys`.
 
     Args:
       share_noise: lets drafters race with the noise of the positions they draft for, which makes

@@ -13,6 +13,8 @@ import jaxspec
 from jaxspec import Draft, Sampling, drafters, drawing, pytree, status, verifiers
 from jaxspec.testing import check_lossless, random_logits, table_model
 
+pytestmark = pytest.mark.exactness
+
 _RULES = ["block", "rejection", "match"]
 
 
@@ -48,7 +50,6 @@ _GROUPS = {  # those of a group share their compiled programs
 }
 
 
-@pytest.mark.exactness
 @pytest.mark.parametrize("rule", _RULES)
 @pytest.mark.parametrize("group", _GROUPS)
 def test_law(group, rule):

@@ -41,7 +41,7 @@ OTHER = table_model(random_logits(1, vocab_size=VOCAB, order=ORDER) + np.float32
 
 @pytree.dataclass
 class Unigram:
-    """Draws from the row's own token counts, one more for each token; see docs/exactness.md."""
+    """Draws from the row's own token counts, as in docs/exactness.md, and asks the policy."""
 
     vocab_size: int = pytree.static()
 
