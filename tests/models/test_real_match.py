@@ -18,7 +18,7 @@ _NEW = 200
 
 @functools.cache
 def _write(name):
-    """200 tokens for two rows in float32, at temperature 1."""
+    """200 tokens in float32, at temperature 1."""
     drafter, policy, num_draft_tokens = {
         "none": lambda: (None, None, 4),
         "itself": lambda: (drafters.model(load("float32")), None, 6),
@@ -37,7 +37,7 @@ def _write(name):
     }[name]()
     return jaxspec.generate(
         load("float32"),
-        _PROMPTS,
+        _PROMPTS[:1],
         drafter=drafter,
         policy=policy,
         verifier=verifiers.match(),
@@ -52,9 +52,9 @@ def _write(name):
     "drafter", ["itself", "disagreeing", "own sampling", "greedy drafts", "prompt lookup"]
 )
 def test_match_writes_the_tokens_of_plain_decoding(drafter):
-    """The same key, another drafter, draft length and policy: the same 200 tokens a row."""
+    """The same key, another drafter, draft length and policy: the same 200 tokens."""
     plain, drafted = _write("none"), _write(drafter)
-    assert plain.lengths.tolist() == [_NEW, _NEW]
+    assert plain.lengths.tolist() == [_NEW]
     assert len(set(np.asarray(plain.tokens[0]).tolist())) > 60  # a text, not a loop
     np.testing.assert_array_equal(drafted.tokens, plain.tokens)
     np.testing.assert_array_equal(drafted.log_probs, plain.log_probs)
@@ -62,7 +62,7 @@ def test_match_writes_the_tokens_of_plain_decoding(drafter):
     steps = np.asarray(drafted.stats.num_spec_steps)
     assert (steps < _NEW).all()
     if drafter == "itself":  # the noise is shared: it draws what the target draws
-        assert np.asarray(drafted.stats.draft_acceptance_rate).tolist() == [1.0, 1.0]
+        assert np.asarray(drafted.stats.draft_acceptance_rate).tolist() == [1.0]
 
 
 def test_block_and_rejection_on_the_same_blocks(record_property):
