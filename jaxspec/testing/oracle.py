@@ -110,7 +110,7 @@ class Oracle:
             return
         probs = self.next_token(text)
         for token in np.flatnonzero(probs).tolist():
-            self._extend((*text, token), mass * probs[token])
+            self._extend((*text, token), mass * float(probs[token]))
 
     def next_token(self, text: Text) -> Array:
         """The law of the token behind `text`, under the options, float64[V]."""
