@@ -62,8 +62,10 @@ class Comparison:
     def power(self, distance: float) -> float:
         """The probability, at least, of failing a program whose law is off by `distance`.
 
-        The chi-square's noncentrality is n Σ (q - p)² / p ≥ 4 n d². Shifts among texts that are
-        tested together are not seen, so their mass is taken off the distance first.
+        Of the two tests the one that sees more. The chi-square's noncentrality is
+        n Σ (q - p)² / p ≥ 4 n d²; shifts among texts that are tested together are not seen, so
+        their mass is taken off the distance first. The total variation's mean is at least d, and
+        it falls below the bound with a probability of at most exp(-2 n (d - bound)²) (McDiarmid).
 
         Args:
           distance: total variation between the wrong law and the exact one.
@@ -132,8 +134,6 @@ def compare(
     is_possible = all(text in law for text in counts)
     everything = set(law) | set(counts)
     distance = 0.5 * sum(abs(counts.get(t, 0) / total - law.get(t, 0.0)) for t in everything)
-    expected_distance = 0.5 * float(np.sum(np.sqrt(probs * (1 - probs) / total)))
-    slack = math.sqrt(math.log(2 / false_alarm) / (2 * total))
     return Comparison(
         law=law,
         counts=counts,
@@ -142,8 +142,7 @@ def compare(
         degrees_of_freedom=freedom,
         p_value=float(_survival(statistic, freedom)) if is_possible else 0.0,
         total_variation=distance,
-        # A law of one text leaves nothing to chance.
-        bound=expected_distance + (slack if len(law) > 1 else 0.0),
+        bound=_bound(probs, total, false_alarm / 2),
         false_alarm=false_alarm,
     )
 
@@ -199,8 +198,6 @@ def _survival(statistic: Any, freedom: Any) -> Array:
 
 def _power(num_samples: int, freedom: int, distance: float, false_alarm: float) -> float:
     """P(a noncentral chi-square passes the threshold), as a Poisson mixture of central ones."""
-    if freedom < 1:
-        return 1.0  # a law of one text: any other is impossible, and seen at once
     noncentrality = 4 * num_samples * distance**2
     mean = noncentrality / 2
     num_terms = mean + 12 * math.sqrt(mean) + 30
@@ -213,10 +210,25 @@ def _power(num_samples: int, freedom: int, distance: float, false_alarm: float) 
 
 def power_of(law: Law, num_samples: int, distance: float, *, false_alarm: float) -> float:
     """`Comparison.power` before anything is drawn."""
-    expected = np.array([p * num_samples for p in law.values() if p > 0])
+    probs = np.array([p for p in law.values() if p > 0])
+    if len(probs) == 1:  # any other text is impossible, and seen at once
+        return 1 - (1 - distance) ** num_samples
+    expected = probs * num_samples
     rare = float(expected[expected < _LEAST_EXPECTED].sum()) / num_samples
     freedom = _chi_square(expected, expected)[1]
-    return _power(num_samples, freedom, max(distance - rare, 0.0), false_alarm / 2)
+    by_chi_square = 0.0  # all texts tested together: nothing is seen
+    if freedom > 0 and distance > rare:
+        by_chi_square = _power(num_samples, freedom, distance - rare, false_alarm / 2)
+    surplus = max(distance - _bound(probs, num_samples, false_alarm / 2), 0.0)
+    return max(by_chi_square, -math.expm1(-2 * num_samples * surplus**2))
+
+
+def _bound(probs: Array, num_samples: int, false_alarm: float) -> float:
+    """What the total variation of n draws from `probs` exceeds with at most `false_alarm`."""
+    if len(probs) == 1:
+        return 0.0  # leaves nothing to chance
+    mean = 0.5 * float(np.sum(np.sqrt(probs * (1 - probs) / num_samples)))
+    return mean + math.sqrt(-math.log(false_alarm) / (2 * num_samples))
 
 
 @functools.cache

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import arguments, loop, policies, pytree
 from jaxspec.arguments import check_type
 from jaxspec.sampling import Sampling
 from jaxspec.testing.comparison import FALSE_ALARM, chi_square_p_value
-from jaxspec.testing.lossless import per_prompt
-from jaxspec.types import NO_TOKEN, Context, Draft, Drafter, LanguageModel, Outcome, Verdict
+from jaxspec.testing.recording import FormError, Recording, Round
+from jaxspec.types import Draft, Drafter, LanguageModel
 
 Array: TypeAlias = np.ndarray[Any, Any]
-
-_NUM_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,122 +61,6 @@ class DrafterReport:
             for (number, slot), p in self.p_values.items()
         ]
         return "\n".join(lines)
-
-
-class _FormError(Exception):
-    """A shape or a dtype breaks the contract: nothing else can be checked."""
-
-
-class _Recorded(NamedTuple):
-    inner: Any
-    draft: Draft | None
-
-
-@pytree.dataclass
-class _Recorder:
-    """A drafter that keeps what another one proposed, and checks its form while tracing."""
-
-    inner: Any
-
-    @property
-    def vocab_size(self) -> int | None:
-        return getattr(self.inner, "vocab_size", None)
-
-    @property
-    def max_length(self) -> int | None:
-        return getattr(self.inner, "max_length", None)
-
-    @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        return self.inner.hidden_layers
-
-    def init(self, batch: int, capacity: int) -> _Recorded:
-        return _Recorded(self.inner.init(batch, capacity), None)
-
-    def prefill(
-        self, state: _Recorded, tokens: Any, hidden: Any, start: Any, num_new: Any
-    ) -> _Recorded:
-        new = self.inner.prefill(state.inner, tokens, hidden, start, num_new)
-        _check_state("prefill", state.inner, new)
-        return _Recorded(new, None)
-
-    def propose(
-        self,
-        keys: jax.Array,
-        state: _Recorded,
-        context: Context,
-        num_draft: jax.Array,
-        keep_drafting: Callable[..., Any],
-    ) -> tuple[Draft, _Recorded]:
-        proposed = self.inner.propose(keys, state.inner, context, num_draft, keep_drafting)
-        if isinstance(proposed, Draft) or not isinstance(proposed, tuple) or len(proposed) != 2:
-            raise _FormError("propose must return two things, (jaxspec.Draft, state)")
-        draft, new = proposed
-        _check_state("propose", state.inner, new)
-        _check_form(draft, keys.shape[0], keys.shape[1])
-        return draft, _Recorded(new, draft)
-
-    def commit(self, state: _Recorded, outcome: Outcome) -> _Recorded:
-        new = self.inner.commit(state.inner, outcome)
-        _check_state("commit", state.inner, new)
-        return _Recorded(new, state.draft)
-
-
-def _check_state(method: str, old: Any, new: Any) -> None:
-    """The loop carries the state: its structure, shapes and dtypes must not change."""
-
-    def form(state: Any) -> Any:
-        return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), state)
-
-    if (jax.tree.structure(old), form(old)) != (jax.tree.structure(new), form(new)):
-        raise _FormError(
-            f"{method} changes the form of the drafter's state, from {form(old)} to {form(new)}; "
-            "the loop needs the same pytree, shapes and dtypes throughout"
-        )
-
-
-def _check_form(draft: Any, batch: int, num_slots: int) -> None:
-    if not isinstance(draft, Draft):
-        raise _FormError(f"propose must return (jaxspec.Draft, state), got {type(draft).__name__}")
-    for name, wanted in (("tokens", (batch, num_slots)), ("length", (batch,))):
-        array = getattr(draft, name)
-        if jnp.shape(array) != wanted or jnp.result_type(array) != jnp.int32:
-            raise _FormError(
-                f"Draft.{name} must be i32{list(wanted)} (B = {batch} rows, K = {num_slots} "
-                f"slots), got {jnp.result_type(array)}{list(jnp.shape(array))}"
-            )
-    if draft.log_probs is not None and not isinstance(draft.log_probs, jax.Array):
-        raise _FormError("Draft.log_probs must be one array f32[B, K, V], or None")
-    if draft.log_probs is not None and (
-        draft.log_probs.ndim != 3
-        or draft.log_probs.shape[:2] != (batch, num_slots)
-        or draft.log_probs.dtype != jnp.float32
-    ):
-        raise _FormError(
-            f"Draft.log_probs must be f32[{batch}, {num_slots}, V] or None, got "
-            f"{draft.log_probs.dtype}{list(draft.log_probs.shape)}"
-        )
-
-
-@pytree.dataclass
-class _Scripted:
-    """A rule that accepts so many drafts and then says token 0: every row's text is known."""
-
-    num_accepted: Any
-
-    guarantee = "none"
-
-    def __call__(self, keys: Any, draft: Draft, target_log_probs: Any) -> Verdict:
-        del keys
-        count = jnp.minimum(jnp.asarray(self.num_accepted, jnp.int32), draft.length)
-        slots = jnp.arange(target_log_probs.shape[0])
-        drafted = jnp.concatenate([draft.tokens, jnp.zeros((1,), jnp.int32)])
-        tokens = jnp.where(slots < count, drafted, NO_TOKEN)
-        return Verdict(jnp.where(slots == count, 0, tokens), count)
-
-
-_one_round = jax.jit(loop.one_round)
-_prefill = jax.jit(loop.prefill, static_argnames="max_new_tokens")
 
 
 def check_drafter(
@@ -244,11 +125,11 @@ def check_drafter(
             f"{num_rows} rows of {num_draft_tokens} laws over {target.vocab_size} tokens do not "
             "fit in 4 GB; use a smaller vocabulary or fewer num_samples."
         )
-    call = _Call(drafter, target, sampling, prompts, num_draft_tokens)
+    call = Recording(drafter, target, sampling, prompts, num_draft_tokens)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(num_rows))
     try:
         rounds = call.rounds(keys, np.arange(num_rows))
-    except _FormError as error:
+    except FormError as error:
         return DrafterReport((str(error),), False, 0.0, {})
     problems: list[str] = []
     p_values: dict[tuple[int, int], float] = {}
@@ -264,9 +145,9 @@ def check_drafter(
     wrong = [at for at, p in p_values.items() if p <= false_alarm]
     if wrong and not any("does not sum to 1" in problem for problem in problems):
         problems.append(_law_problem(wrong))
-    # Some rows of each prompt that are asked for all K drafts, from the end of the batch.
-    whole = [row for row in range(num_rows - 1, -1, -1) if row % 8 != 7][: 2 * len(prompts) + 1]
-    for row in whole:
+    # Rows of each prompt that are asked for all K drafts, from the end of the batch.
+    is_whole = np.asarray(rounds[0][1]) == num_draft_tokens
+    for row in np.flatnonzero(is_whole)[::-1][: 2 * len(prompts) + 1].tolist():
         alone = call.rounds(keys[row : row + 1], np.array([row]), padding=7)
         together = [
             (texts[[row]], asked[[row]], _rows(draft, row)) for texts, asked, draft in rounds
@@ -298,72 +179,6 @@ def _law_problem(wrong: list[tuple[int, int]]) -> str:
     return f"the drafts do not have the q that is reported for them ({where}): perhaps {cause}"
 
 
-_Round: TypeAlias = tuple[Array, Array, Draft]
-
-
-class _Call:
-    """The loop, ready to run any of the rows."""
-
-    def __init__(
-        self,
-        drafter: Drafter,
-        target: LanguageModel,
-        sampling: Sampling,
-        prompts: Sequence[Sequence[int]],
-        num_draft_tokens: int,
-    ):
-        self.drafter, self.target, self.sampling = drafter, target, sampling
-        self.num_draft_tokens = num_draft_tokens
-        self.max_new_tokens = _NUM_ROUNDS * (num_draft_tokens + 1)
-        self.lengths = np.array([len(prompt) for prompt in prompts])
-        self.prompts = np.zeros((len(prompts), int(self.lengths.max())), np.int32)
-        for i, prompt in enumerate(prompts):
-            self.prompts[i, : len(prompt)] = prompt
-
-    def rounds(self, keys: jax.Array, rows: Array, padding: int = 0) -> list[_Round]:
-        """(text before the round, drafts asked for, draft) of each round, for some rows.
-
-        Args:
-          keys: key[B], one for each of the rows.
-          rows: i[B], the rows' numbers, which decide about prompt and draft length.
-          padding: by how much the prompts' array, and so the token buffer, is wider.
-        """
-        kind = rows % len(self.lengths)
-        # Every eighth row drafts less, from nothing up.
-        asked = np.where(
-            rows % 8 == 7, rows // 8 % self.num_draft_tokens, self.num_draft_tokens
-        ).astype(np.int32)
-        prepared = arguments.prepare(
-            self.target,
-            np.pad(self.prompts[kind], ((0, 0), (0, padding))),
-            prompt_lengths=self.lengths[kind],
-            drafter=_Recorder(self.drafter),
-            verifier=_Scripted(jnp.int32(0)),
-            policy=policies.fixed(jnp.asarray(asked)),
-            sampling=per_prompt(self.sampling, kind, len(self.lengths)),
-            max_new_tokens=self.max_new_tokens,
-            num_draft_tokens=self.num_draft_tokens,
-            eos_ids=(),
-            key=keys,
-        )
-        state = _prefill(
-            prepared.engine, prepared.request, prepared.prompts, max_new_tokens=self.max_new_tokens
-        )
-        rounds = []
-        for number in range(_NUM_ROUNDS):
-            tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
-            is_text = np.arange(tokens.shape[1])[None] < lengths[:, None]
-            engine = dataclasses.replace(
-                prepared.engine,
-                verifier=_Scripted(jnp.int32(self.num_draft_tokens * (number % 2))),
-            )
-            state = _one_round(engine, prepared.request, state)
-            rounds.append((np.where(is_text, tokens, -1), asked, state.drafter.draft))
-            # Taken out, so that every round has one form and runs one program.
-            state = state._replace(drafter=state.drafter._replace(draft=None))
-        return rounds
-
-
 def _rows(draft: Draft, row: int) -> Draft:
     return jax.tree.map(lambda x: x[row : row + 1], draft)
 
@@ -391,8 +206,8 @@ def _form_problems(number: int, draft: Draft, asked: Array, vocab_size: int) -> 
 def _law_p_values(texts: Array, past: Array, draft: Draft) -> list[float]:
     """For each slot, the p-value of the drafted tokens under their reported laws.
 
-    Four tests, so that a deviation shows whether or not it differs from text to text, and however
-    large the vocabulary is; the smallest p-value counts, four times.
+    Three tests, so that a deviation shows whether or not it differs from text to text, and however
+    large the vocabulary is; the smallest p-value counts, three times.
 
     Args:
       texts: i32[B, N], the rows' texts before the round.
@@ -410,20 +225,14 @@ def _law_p_values(texts: Array, past: Array, draft: Draft) -> list[float]:
             continue
         law = np.nan_to_num(probs[rows, slot])
         drawn = np.clip(tokens[rows, slot], 0, vocab_size - 1)
-        by_text = _groups(texts[rows], tokens[rows, :slot])
-        by_past = _groups(texts[rows], tokens[rows, :slot], past[rows])
+        history = np.concatenate([texts[rows], past[rows], tokens[rows, :slot]], axis=1)
+        by_past = np.unique(history, axis=0, return_inverse=True)[1].ravel()
         found = [
-            _p_value_by_group(group, drawn, law)
-            for group in (by_past, by_text, np.zeros(len(rows), int))
+            _p_value_by_group(group, drawn, law) for group in (by_past, np.zeros(len(rows), int))
         ]
         found.append(_p_value_of_likelihood(drawn, law))
-        p_values.append(min(1.0, 4 * min(found)))
+        p_values.append(min(1.0, len(found) * min(found)))
     return p_values
-
-
-def _groups(*columns: Array) -> Array:
-    """Numbers the rows' distinct values."""
-    return np.unique(np.concatenate(columns, axis=1), axis=0, return_inverse=True)[1].ravel()
 
 
 def _p_value_by_group(group: Array, drawn: Array, law: Array) -> float:
@@ -449,7 +258,7 @@ def _p_value_of_likelihood(drawn: Array, law: Array) -> float:
     return math.erfc(surplus / math.sqrt(2 * variance))
 
 
-def _difference(alone: list[_Round], together: list[_Round]) -> str:
+def _difference(alone: list[Round], together: list[Round]) -> str:
     """How a row alone drafts otherwise than in the batch, or nothing."""
     for number, (first, second) in enumerate(zip(alone, together, strict=True)):
         length = int(first[2].length[0])

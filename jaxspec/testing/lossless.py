@@ -20,6 +20,7 @@ from jaxspec.testing.comparison import (
     power_of,
 )
 from jaxspec.testing.oracle import Law, Oracle, Text
+from jaxspec.testing.rows import pad_prompts, per_prompt
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -132,24 +133,19 @@ def check_lossless(
       >>> report.passed, report.total_variation < 0.03
       (True, True)
     """
-    if isinstance(prompts, str) or not len(prompts) or not all(map(np.ndim, prompts)):
-        raise ValueError("prompts must be a list of token-id lists: wrap one prompt as [prompt].")
+    padded, lengths = pad_prompts(prompts, _PAD)
     if isinstance(eos_ids, (int, np.integer)):
         eos_ids = (int(eos_ids),)
     if num_samples is not None and (int(num_samples) != num_samples or num_samples < 1):
         raise ValueError(f"num_samples must be a whole number of at least 1, got {num_samples}.")
     num_kinds = len(prompts)
     oracles = [
-        Oracle(target, prompt, max_new_tokens, _of_row(sampling, i, num_kinds), eos_ids=eos_ids)
+        Oracle(target, prompt, max_new_tokens, per_prompt(sampling, i, num_kinds), eos_ids=eos_ids)
         for i, prompt in enumerate(prompts)
     ]
     if num_samples is None:
         num_samples = max(_num_samples(oracle.law, false_alarm) for oracle in oracles)
     kind = np.arange(num_samples * num_kinds) % num_kinds
-    lengths = np.array([len(prompt) for prompt in prompts])
-    padded = np.full((num_kinds, int(lengths.max())), _PAD, np.int32)
-    for i, prompt in enumerate(prompts):
-        padded[i, : len(prompt)] = prompt
     arguments = {
         "prompt_lengths": lengths[kind],
         "sampling": per_prompt(sampling, kind, num_kinds),
@@ -203,48 +199,6 @@ def _num_samples(law: Law, false_alarm: float) -> int:
     while size < _MOST_SAMPLES and power_of(law, size, 0.03, false_alarm=false_alarm) < 0.99:
         size = min(int(1.2 * size), _MOST_SAMPLES)
     return size
-
-
-def _fields(sampling: Sampling) -> dict[str, Any]:
-    return {field.name: getattr(sampling, field.name) for field in dataclasses.fields(sampling)}
-
-
-def _of_row(sampling: Sampling, row: int, num_rows: int) -> Sampling:
-    """One prompt's options."""
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling must be a jaxspec.Sampling, got {sampling!r}.")
-    return Sampling(
-        **{
-            name: np.asarray(value)[row] if _is_array(name, value, num_rows) else value
-            for name, value in _fields(sampling).items()
-        }
-    )
-
-
-def per_prompt(sampling: Sampling, kind: Array, num_kinds: int) -> Sampling:
-    """Options given by prompt, for a batch of rows of the prompts `kind`.
-
-    Numbers stay numbers, and may be off statically.
-
-    Raises:
-      ValueError: an array has not one element for each prompt.
-    """
-    return Sampling(
-        **{
-            name: np.asarray(value)[kind] if _is_array(name, value, num_kinds) else value
-            for name, value in _fields(sampling).items()
-        }
-    )
-
-
-def _is_array(name: str, value: Any, num_kinds: int) -> bool:
-    shape = np.shape(value)
-    if shape not in ((), (num_kinds,)):
-        raise ValueError(
-            f"{name} must be one number or an array of one number a prompt, ({num_kinds},); "
-            f"got {shape}."
-        )
-    return bool(shape)
 
 
 def _texts(tokens: Array, lengths: Array) -> dict[Text, Array]:

@@ -5,6 +5,7 @@ Nothing here is shared with `jaxspec.sampling`: options are applied with sorts, 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -192,21 +193,12 @@ def _check_decided(name: str, value: float, distances: Array) -> None:
         )
 
 
-_NEUTRAL = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-}
-
-
 def _numbers(sampling: Sampling) -> dict[str, Any]:
     """The options as Python numbers."""
     numbers: dict[str, Any] = {}
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(sampling, name)
+    for option in dataclasses.fields(sampling):
+        value = getattr(sampling, option.name)
         # float32 as in the loop: a threshold must not lie between two roundings of one number.
-        number = neutral if value is None else np.asarray(value, np.float32).item()
-        numbers[name] = int(number) if name == "top_k" else number
+        number: Any = option.default if value is None else np.asarray(value, np.float32).item()
+        numbers[option.name] = int(number) if option.name == "top_k" else number
     return numbers

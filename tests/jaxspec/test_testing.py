@@ -97,7 +97,22 @@ def test_power_is_scipy_s():
     threshold = scipy.stats.chi2.isf(5e-7, 80)
     expected = scipy.stats.ncx2.sf(threshold, 80, 4 * 40_500 * 0.03**2)
     assert comparison.power(0.03) == pytest.approx(expected, rel=1e-6)
-    assert comparison.power(0.0) == pytest.approx(5e-7, rel=1e-3)
+    assert comparison.power(0.0) == 0.0  # nothing to see
+
+
+def test_power_where_the_texts_are_tested_together():
+    """Ten samples of 81 texts show nothing, and the report says so."""
+    law = {(i,): 1 / 81 for i in range(81)}
+    assert compare({(0,): 5, (1,): 5}, law).power(0.03) == 0.0
+    # Two texts, one too rare for a chi-square: the total variation sees, at a larger n.
+    law = {(0,): 1 - 1e-4, (1,): 1e-4}
+    few, many = (compare({(0,): n}, law) for n in (5_000, 40_000))
+    assert few.degrees_of_freedom == many.degrees_of_freedom == 0
+    assert few.power(0.03) < 0.1
+    assert many.power(0.03) > 0.99
+    assert not compare({(0,): 38_800, (1,): 1_200}, law).passed  # off by 0.03
+    # One text: every other is impossible.
+    assert compare({(0,): 10}, {(0,): 1.0}).power(0.03) == pytest.approx(1 - 0.97**10)
 
 
 @pytest.mark.parametrize("num_texts", [2, 27, 81])
@@ -521,6 +536,23 @@ def test_wrong_drafters_fail_for_their_reason(wrong, problem):
 def test_batch_independence_is_tested_with_one_prompt():
     report = check_drafter(_new(RowNumber), TARGET, prompts=[[0]])
     with pytest.raises(AssertionError, match="a row alone has"):
+        report.assert_passed()
+
+
+class RowNumberOfOne(Base):
+    """q depends on the row's place, for one text in eight."""
+
+    def law(self, keys, context):
+        place = jnp.where(context.lengths == 8, 1 + jnp.arange(keys.shape[0]) % 2, 0)
+        law = jax.nn.log_softmax(jax.nn.one_hot(place, V), axis=-1)
+        return jnp.broadcast_to(law[:, None], (*keys.shape, V))
+
+
+def test_batch_independence_is_tested_for_every_prompt():
+    """Eight prompts: that every eighth row drafts less must not fall on one of them."""
+    prompts = [[0] * size for size in range(1, 9)]
+    report = check_drafter(_new(RowNumberOfOne), TARGET, prompts=prompts, num_samples=500)
+    with pytest.raises(AssertionError, match="round 0: a row alone has"):
         report.assert_passed()
 
 
