@@ -14,7 +14,8 @@ Two rules hold throughout, both measured (see `benchmarks/README.md`):
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,23 +23,30 @@ from flax import nnx
 from jax import lax
 
 from jaxspec import pytree
+from jaxspec_models import quantization
 
 Array: TypeAlias = jax.Array
 
 MIN_ROWS = 8
-"""Rows that arithmetic is padded to; also two or more rows cost what one costs."""
-KV_BLOCK = 128
+"""Rows that norms, attention and everything else that sums is padded to."""
+MIN_PRODUCT_ROWS = 2
+"""Rows that products are padded to: one row leaves the fast path of the CPU backend."""
+KV_BLOCK = 256
 """Slots that attention reads at a time on the CPU."""
 
 
-def padded_width(batch: int, width: int) -> int:
-    """The tokens a row is padded to, so that a batch has at least `MIN_ROWS` rows.
+class WeightConfig(Protocol):
+    """What layers ask of a model's config: `dtype` and `quantization` of its weights."""
 
-    Example:
-      >>> padded_width(batch=1, width=5), padded_width(batch=4, width=1)
-      (8, 2)
-    """
-    return max(width, -(-MIN_ROWS // batch))
+    @property
+    def dtype(self) -> str:
+        """Either "float32" or "bfloat16"."""
+        ...
+
+    @property
+    def quantization(self) -> str | None:
+        """None or "int8"."""
+        ...
 
 
 def pad_axis(x: Array, axis: int, size: int) -> Array:
@@ -48,21 +56,42 @@ def pad_axis(x: Array, axis: int, size: int) -> Array:
     return jnp.pad(x, widths)
 
 
-def product(x: Array, weight: Array) -> Array:
-    """`x @ weight.T` with float32 accumulation, at least `MIN_ROWS` rows at a time.
+def reduce_rows(reduce: Callable[[Array], Array], x: Array) -> Array:
+    """Reduces the last axis of f32[..., D] with at least `MIN_ROWS` rows: f32[...].
+
+    Sums over fewer rows take another code path on the CPU, with other roundings; and no path is
+    faster for fewer.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if count < MIN_ROWS:
+        rows = pad_axis(rows, 0, MIN_ROWS)
+    return reduce(rows)[:count].reshape(x.shape[:-1])
+
+
+def product(x: Array, weight: Array, scale: Array | None = None) -> Array:
+    """`x @ weight.T` with exact or float32 accumulation, at least `MIN_PRODUCT_ROWS` rows.
 
     Args:
-      x: float[..., I]; cast to the weight's dtype.
+      x: float[..., I]; cast to the weight's dtype, or for an int8 weight quantised row by row.
       weight: [O, I], the layout of checkpoints and the fast one on the CPU.
+      scale: f32[O], what one step of an int8 weight stands for; None for other weights.
 
     Returns:
       f32[..., O].
     """
-    rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
+    rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    if count < MIN_ROWS:
-        rows = pad_axis(rows, 0, MIN_ROWS)
-    y = lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if count < MIN_PRODUCT_ROWS:
+        rows = pad_axis(rows, 0, MIN_PRODUCT_ROWS)
+    contract = functools.partial(lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())))
+    if scale is None:
+        y = contract(rows.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+    else:
+        largest = reduce_rows(functools.partial(jnp.max, axis=-1), jnp.abs(rows))
+        steps, step = quantization.quantize_rows(rows, largest)
+        y = contract(steps, weight, preferred_element_type=jnp.int32).astype(jnp.float32)
+        y = y * (step[:, None] * scale[None])
     return y[:count].reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -71,38 +100,55 @@ def _like(vector: Array, x: Array) -> Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-class Linear(nnx.Module):
+class Matrix(nnx.Module):
+    """A weight [out, in] in float32, bfloat16, or int8 with one float32 scale a row."""
+
+    def __init__(
+        self, num_in: int, num_out: int, *, stddev: float, config: WeightConfig, rngs: nnx.Rngs
+    ):
+        weight = stddev * jax.random.normal(rngs.params(), (num_out, num_in), jnp.float32)
+        self.is_quantized = config.quantization is not None
+        if self.is_quantized:
+            weight, scale = quantization.quantize_rows(weight)
+            self.weight, self.scale = nnx.Param(weight), nnx.Param(scale)
+        else:
+            self.weight = nnx.Param(weight.astype(jnp.dtype(config.dtype)))
+
+    def product(self, x: Array) -> Array:
+        """f32[..., in] -> f32[..., out]."""
+        return product(x, self.weight[...], self.scale[...] if self.is_quantized else None)
+
+
+class Linear(Matrix):
     """`y = x W^T + b`; W is [out, in], y is float32."""
 
-    def __init__(self, num_in: int, num_out: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
-        scale = num_in**-0.5
-        self.weight = nnx.Param(
-            scale * jax.random.normal(rngs.params(), (num_out, num_in), jnp.dtype(dtype))
-        )
+    def __init__(
+        self, num_in: int, num_out: int, *, bias: bool, config: WeightConfig, rngs: nnx.Rngs
+    ):
+        super().__init__(num_in, num_out, stddev=num_in**-0.5, config=config, rngs=rngs)
         if bias:
             self.bias = nnx.Param(jnp.zeros((num_out,), jnp.float32))
         self.has_bias = bias
 
     def __call__(self, x: Array) -> Array:
         """f32[..., in] -> f32[..., out]."""
-        y = product(x, self.weight[...])
+        y = self.product(x)
         return y + _like(self.bias[...], y) if self.has_bias else y
 
 
-class Embedding(nnx.Module):
+class Embedding(Matrix):
     """A table of token vectors, also usable as the vocabulary head (tied weights)."""
 
-    def __init__(self, num_embeddings: int, width: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.weight = nnx.Param(
-            jax.random.normal(rngs.params(), (num_embeddings, width), jnp.dtype(dtype))
-        )
+    def __init__(self, num_embeddings: int, width: int, *, config: WeightConfig, rngs: nnx.Rngs):
+        super().__init__(width, num_embeddings, stddev=1.0, config=config, rngs=rngs)
 
     def __call__(self, tokens: Array) -> Array:
         """i32[...] -> f32[..., D]."""
         # The barrier ties the table to the tokens: the CPU backend would otherwise cast all of it
         # and hoist that out of the decoding loop, as a float32 copy of the table.
         table, tokens = lax.optimization_barrier((self.weight[...], tokens))
-        return table[tokens].astype(jnp.float32)
+        rows = table[tokens].astype(jnp.float32)
+        return rows * self.scale[...][tokens][..., None] if self.is_quantized else rows
 
 
 class RMSNorm(nnx.Module):
@@ -115,8 +161,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """f32[..., D] -> f32[..., D]."""
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * lax.rsqrt(mean_square + self.epsilon) * _like(self.weight[...], x)
+        mean_square = reduce_rows(functools.partial(jnp.mean, axis=-1), jnp.square(x))
+        return x * lax.rsqrt(mean_square + self.epsilon)[..., None] * _like(self.weight[...], x)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -176,9 +222,10 @@ def storable(keys: Array, values: Array, dtype: Any) -> tuple[Array, Array]:
     Returns:
       Both as stored (see `to_bits`).
     """
+    # NaN and infinity survive the sum and the maximum.
+    size = reduce_rows(functools.partial(jnp.max, axis=-1), jnp.abs(keys) + jnp.abs(values))
     keys, values = keys.astype(dtype), values.astype(dtype)
-    is_sound = jnp.isfinite(keys) & jnp.isfinite(values)
-    is_sound = jnp.all(is_sound, axis=-1, keepdims=True)
+    is_sound = (size < float(jnp.finfo(dtype).max))[..., None]
     keys = jnp.where(is_sound, keys, jnp.full((), jnp.nan, keys.dtype))
     return to_bits(keys), to_bits(jnp.where(is_sound, values, jnp.zeros((), values.dtype)))
 
@@ -229,14 +276,12 @@ class Visibility:
       mask: bool[B, T, W] for the slots prefix … prefix + W, or None: causal from `start`.
       start: i32[B], the slot of the first new token.
       live: i32[], slots at or beyond it need not be read for any row.
-      width: T; rows beyond it are padding, whose keys and values are not stored (static).
     """
 
     prefix: Array
     mask: Array | None
     start: Array
     live: Array
-    width: int = pytree.static()
 
     def at(self, slots: Array, num_rows: int) -> Array:
         """Whether token t of row b sees each of `slots` i32[S]: bool[B, num_rows, S]."""
@@ -304,6 +349,10 @@ def _dense_attention(q, keys, values, live, *, see, dtype):
     return jnp.einsum("bhqs,bhsd->bhqd", weights / total, values)
 
 
+_UNSEEN = -1e30
+"""A score so far below the least maximum, half of it, that its exponential is zero."""
+
+
 def _blocked_attention(q, keys, values, live, *, see, dtype):
     """Online softmax over the live blocks (arXiv 1805.02867): the cost follows the length.
 
@@ -321,15 +370,15 @@ def _blocked_attention(q, keys, values, live, *, see, dtype):
         first = index * KV_BLOCK
         visible = see(first + jnp.arange(KV_BLOCK))
         scores = jnp.einsum("bhqd,bhsd->bhqs", q, read(keys, first))
-        scores = jnp.where(visible, scores, -1e30)
+        scores = jnp.where(visible, scores, _UNSEEN)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         decay = jnp.exp(top - new_top)
-        weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+        weights = jnp.exp(scores - new_top[..., None])  # exactly 0 where unseen
         total = total * decay + jnp.sum(weights, axis=-1)
         new_out = jnp.einsum("bhqs,bhsd->bhqd", weights, read(values, first))
         return new_top, total, out * decay[..., None] + new_out
 
-    empty = jnp.full(q.shape[:3], -1e30, jnp.float32)
+    empty = jnp.full(q.shape[:3], _UNSEEN / 2, jnp.float32)
     carry = (empty, jnp.zeros_like(empty), jnp.zeros_like(q))
     num_blocks = (live + KV_BLOCK - 1) // KV_BLOCK
     _, total, out = lax.fori_loop(0, num_blocks, add_block, carry)

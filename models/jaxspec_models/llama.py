@@ -63,6 +63,7 @@ class LlamaConfig:
       mlp_bias: gate, up and down products have biases.
       eos_ids: the tokens that end a text.
       dtype: "float32" or "bfloat16": the weights and the cache; sums are float32 always.
+      quantization: None or "int8": the products' weights (see `jaxspec_models.quantization`).
     """
 
     vocab_size: int
@@ -81,14 +82,22 @@ class LlamaConfig:
     mlp_bias: bool = False
     eos_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    quantization: str | None = None
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], *, dtype: str = "bfloat16") -> LlamaConfig:
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        dtype: str = "bfloat16",
+        quantization: str | None = None,
+    ) -> LlamaConfig:
         """Reads the dictionary of an HF `config.json`, of transformers 4 or 5.
 
         Args:
           config: the dictionary.
           dtype: of weights and cache.
+          quantization: of the weights.
 
         Raises:
           ValueError: the model type, activation or rope scaling is not supported.
@@ -146,6 +155,7 @@ class LlamaConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
             dtype=dtype,
+            quantization=quantization,
         )
 
 
@@ -178,7 +188,7 @@ class Attention(nnx.Module):
         self.config = config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         make = functools.partial(
-            layers.Linear, bias=config.attention_bias, dtype=config.dtype, rngs=rngs
+            layers.Linear, bias=config.attention_bias, config=config, rngs=rngs
         )
         self.qkv = make(config.hidden_size, (heads + 2 * kv_heads) * config.head_dim)
         self.out = make(heads * config.head_dim, config.hidden_size)
@@ -192,7 +202,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
         dtype = jnp.dtype(config.dtype)
-        k, v = layers.storable(k[:, : visibility.width], v[:, : visibility.width], dtype)
+        k, v = layers.storable(k, v, dtype)
         keys = layers.write_slots(keys, k, visibility.start)
         values = layers.write_slots(values, v, visibility.start)
         mixed = layers.attention(q, keys, values, visibility, dtype=dtype)
@@ -203,7 +213,7 @@ class MLP(nnx.Module):
     """SwiGLU (arXiv 2002.05202) with one fused product for gate and up."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        make = functools.partial(layers.Linear, bias=config.mlp_bias, dtype=config.dtype, rngs=rngs)
+        make = functools.partial(layers.Linear, bias=config.mlp_bias, config=config, rngs=rngs)
         self.gate_up = make(config.hidden_size, 2 * config.intermediate_size)
         self.down = make(config.intermediate_size, config.hidden_size)
 
@@ -250,7 +260,7 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
         make_table = functools.partial(
-            layers.Embedding, config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs
+            layers.Embedding, config.vocab_size, config.hidden_size, config=config, rngs=rngs
         )
         self.embed = make_table()
         self.layers = nnx.List(
@@ -283,20 +293,16 @@ class Llama(nnx.Module):
         if positions is None:
             positions = start[:, None] + jnp.arange(width)[None]
         fed = start + width if num_new is None else jnp.where(num_new > 0, start + num_new, 0)
-        num_rows = layers.padded_width(batch, width)
         if mask is not None:
             mask = mask if mask.ndim == 3 else mask[None]
             mask = jnp.broadcast_to(mask, (batch, width, mask.shape[-1]))
-            mask = layers.pad_axis(mask, 1, num_rows)
         visibility = layers.Visibility(
             prefix=start if prefix is None else prefix,
             mask=mask,
             start=start,
             live=jnp.max(fed),
-            width=width,
         )
-        tokens = layers.pad_axis(tokens, 1, num_rows)
-        angles = layers.pad_axis(positions, 1, num_rows)[:, :, None].astype(jnp.float32)
+        angles = positions[:, :, None].astype(jnp.float32)
         angles = angles * inverse_frequencies(config)[None, None]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
 
@@ -319,10 +325,8 @@ class Llama(nnx.Module):
         if logits_at is None or logits_at.shape[1] > 0:
             if logits_at is not None:
                 x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
-            head = self.embed if config.tie_word_embeddings else self.head
-            logits = layers.product(x, head.weight[...])
-            logits = logits[:, :width] if logits_at is None else logits
-        kept = tuple(hidden[i][:, :width] for i in hidden_layers)
+            logits = (self.embed if config.tie_word_embeddings else self.head).product(x)
+        kept = tuple(hidden[i] for i in hidden_layers)
         return jaxspec.ModelOutput(logits, kept), cache
 
 

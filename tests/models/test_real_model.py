@@ -148,7 +148,7 @@ def test_prompt_lookup_pays_where_text_is_repeated(tokenizer):
 # Invariant 8: arithmetic does not depend on the width or the batch.
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_logits_are_bit_equal_at_any_width_and_batch(dtype):
     model = load(dtype)
     texts = np.random.default_rng(0).integers(0, model.vocab_size, (4, 24)).astype(np.int32)
@@ -168,7 +168,7 @@ def test_logits_are_bit_equal_at_any_width_and_batch(dtype):
 
     reference = logits(8, 4)
     assert reference.std() > 1
-    for width, batch in ((1, 1), (2, 1), (5, 1), (8, 1), (1, 4), (2, 4), (5, 4)):
+    for width, batch in ((1, 1), (2, 1), (5, 1), (8, 1), (11, 1), (24, 1), (1, 4), (2, 4), (5, 4)):
         ours = logits(width, batch)
         np.testing.assert_array_equal(
             ours, reference[:batch, : ours.shape[1]], err_msg=f"width {width}, batch {batch}"
@@ -183,7 +183,7 @@ def _bytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_the_loop_holds_no_second_cache(dtype):
     """At a capacity of 4,096: temporary memory < 1.2 × one cache, and the state is donated."""
     state, _, run = compiled_parts(

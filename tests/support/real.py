@@ -23,9 +23,11 @@ def benchmark(name):
 
 
 @functools.cache
-def load(dtype):
-    """SmolLM2-135M-Instruct."""
-    return jaxspec_models.load_model("smollm2-135m", dtype=dtype)
+def load(kind):
+    """SmolLM2-135M-Instruct in float32, bfloat16 or int8."""
+    if kind == "int8":
+        return jaxspec_models.load_model("smollm2-135m", quantization="int8")
+    return jaxspec_models.load_model("smollm2-135m", dtype=kind)
 
 
 @functools.cache
