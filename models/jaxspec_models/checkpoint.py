@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxspec_models import gguf_config, llama, quantization
+from jaxspec_models import gguf_config, llama
 from jaxspec_models.gguf_file import GGUFFile
 from jaxspec_models.tensorfile import SafetensorsFile, Tensor, write_safetensors
 
@@ -138,27 +137,14 @@ def assemble(
     abstract = llama.abstract_params(config)
     arena = Arena(abstract)
     params: dict[Any, Any] = {}
-
-    def keep(path: tuple[str | int, ...], array: np.ndarray) -> None:
-        functools.reduce(lambda place, key: place.setdefault(key, {}), path[:-1], params)[
-            path[-1]
-        ] = jax.device_put(array)
-
     for path, parts in by_path.items():
         leaf = functools.reduce(lambda place, key: place[key], path, abstract)
-        is_quantized = leaf.dtype == jnp.int8
         buffer = arena.take(leaf.shape, leaf.dtype)
-        floats = np.empty(leaf.shape, np.float32) if is_quantized else buffer
         for name, target in parts:
-            rows = floats[target.row : target.row + target.shape[0]]
+            rows = buffer[target.row : target.row + target.shape[0]]
             _read(tensors[name], rows, target.gguf_heads if is_gguf else 0)
-        if is_quantized:
-            steps, step = jax.jit(quantization.quantize_rows)(floats)
-            buffer[...] = steps
-            scale = arena.take(step.shape, np.float32)
-            scale[...] = step
-            keep((*path[:-1], "scale"), scale)
-        keep(path, buffer)
+        place = functools.reduce(lambda place, key: place.setdefault(key, {}), path[:-1], params)
+        place[path[-1]] = jax.device_put(buffer)
     return params
 
 
@@ -187,9 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(
-    directory: Path, *, dtype: str, quantization: str | None = None
-) -> llama.LlamaConfig:
+def read_config(directory: Path, *, dtype: str) -> llama.LlamaConfig:
     """Reads `config.json` and, where there is one, the EOS ids of `generation_config.json`.
 
     Raises:
@@ -206,7 +190,7 @@ def read_config(
     if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
         config["eos_token_id"] = eos  # what HF's own generate stops at
     try:
-        return llama.LlamaConfig.from_hf(config, dtype=dtype, quantization=quantization)
+        return llama.LlamaConfig.from_hf(config, dtype=dtype)
     except KeyError as error:
         raise ValueError(f"{directory / 'config.json'} lacks {error}; get it again.") from error
     except (TypeError, ZeroDivisionError) as error:
@@ -241,15 +225,12 @@ def _safetensors_files(directory: Path) -> list[Path]:
     )
 
 
-def read_directory(
-    directory: Path, *, dtype: str, quantization: str | None = None
-) -> tuple[llama.LlamaConfig, Any]:
+def read_directory(directory: Path, *, dtype: str) -> tuple[llama.LlamaConfig, Any]:
     """Reads a model in HF form: config.json and safetensors, sharded or not.
 
     Args:
       directory: where the files are.
       dtype: "float32" or "bfloat16", of the weights; float32, float16 and bfloat16 are cast.
-      quantization: None or "int8".
 
     Returns:
       The config, and the parameters as `llama.abstract_params(config)`.
@@ -259,7 +240,7 @@ def read_directory(
       ValueError: a file is broken, the architecture is not supported, or a key is unmatched,
         doubled, missing or of a wrong shape; the message names it.
     """
-    config = read_config(directory, dtype=dtype, quantization=quantization)
+    config = read_config(directory, dtype=dtype)
     tensors: dict[str, Tensor] = {}
     for file in map(SafetensorsFile, _safetensors_files(directory)):
         if doubled := tensors.keys() & file.tensors.keys():
@@ -275,15 +256,12 @@ def read_directory(
 # GGUF, and the fast form it is converted to.
 
 
-def read_gguf(
-    file: GGUFFile, *, dtype: str, quantization: str | None = None
-) -> tuple[llama.LlamaConfig, Any]:
+def read_gguf(file: GGUFFile, *, dtype: str) -> tuple[llama.LlamaConfig, Any]:
     """Reads a model from a GGUF file, its weights dequantised.
 
     Args:
       file: the opened file.
       dtype: "float32" or "bfloat16", of the weights.
-      quantization: None or "int8".
 
     Returns:
       The config, and the parameters as `llama.abstract_params(config)`.
@@ -291,7 +269,7 @@ def read_gguf(
     Raises:
       ValueError: as `read_directory`.
     """
-    config = gguf_config.read_config(file, dtype=dtype, quantization=quantization)
+    config = gguf_config.read_config(file, dtype=dtype)
     return config, assemble(config, file.tensors, is_gguf=True)
 
 

@@ -47,27 +47,26 @@ def _rope_scaling(metadata: dict[str, Any]) -> dict[str, Any] | None:
     return {"rope_type": "linear", "factor": metadata.get("llama.rope.scaling.factor", old or 1.0)}
 
 
-def read_config(file: GGUFFile, *, dtype: str, quantization: str | None = None) -> LlamaConfig:
+def read_config(file: GGUFFile, *, dtype: str) -> LlamaConfig:
     """Reads the shape of a model.
 
     Args:
       file: the opened file.
       dtype: "float32" or "bfloat16", of weights and cache.
-      quantization: None or "int8".
 
     Raises:
       ValueError: the architecture, or something in it, is not supported, or a field is missing;
         the message names it.
     """
     try:
-        return _read_config(file, dtype, quantization)
+        return _read_config(file, dtype)
     except KeyError as error:
         raise ValueError(f"{file.path} lacks the field {error}; get a sound file.") from error
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}; use another checkpoint.") from error
 
 
-def _read_config(file: GGUFFile, dtype: str, quantization: str | None) -> LlamaConfig:
+def _read_config(file: GGUFFile, dtype: str) -> LlamaConfig:
     metadata, tensors = file.metadata, file.tensors
     if (architecture := metadata.get("general.architecture")) != "llama":
         raise ValueError(f"the architecture {architecture!r} is not supported; 'llama' is")
@@ -107,7 +106,7 @@ def _read_config(file: GGUFFile, dtype: str, quantization: str | None) -> LlamaC
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "eos_token_id": list(dict.fromkeys(int(token) for token in eos if token is not None)),
     }
-    return LlamaConfig.from_hf(hf, dtype=dtype, quantization=quantization)
+    return LlamaConfig.from_hf(hf, dtype=dtype)
 
 
 def _decimal(value: float) -> float:

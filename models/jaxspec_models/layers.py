@@ -141,6 +141,9 @@ class Embedding(Matrix):
 
     def __init__(self, num_embeddings: int, width: int, *, config: WeightConfig, rngs: nnx.Rngs):
         super().__init__(width, num_embeddings, stddev=1.0, config=config, rngs=rngs)
+        if self.is_quantized:
+            # What each channel of the table was multiplied with for the head's sake.
+            self.factors = nnx.Param(jnp.ones((width,), jnp.float32))
 
     def __call__(self, tokens: Array) -> Array:
         """i32[...] -> f32[..., D]."""
@@ -148,7 +151,9 @@ class Embedding(Matrix):
         # and hoist that out of the decoding loop, as a float32 copy of the table.
         table, tokens = lax.optimization_barrier((self.weight[...], tokens))
         rows = table[tokens].astype(jnp.float32)
-        return rows * self.scale[...][tokens][..., None] if self.is_quantized else rows
+        if not self.is_quantized:
+            return rows
+        return rows * self.scale[...][tokens][..., None] / _like(self.factors[...], rows)
 
 
 class RMSNorm(nnx.Module):

@@ -85,19 +85,12 @@ class LlamaConfig:
     quantization: str | None = None
 
     @classmethod
-    def from_hf(
-        cls,
-        config: Mapping[str, Any],
-        *,
-        dtype: str = "bfloat16",
-        quantization: str | None = None,
-    ) -> LlamaConfig:
+    def from_hf(cls, config: Mapping[str, Any], *, dtype: str = "bfloat16") -> LlamaConfig:
         """Reads the dictionary of an HF `config.json`, of transformers 4 or 5.
 
         Args:
           config: the dictionary.
           dtype: of weights and cache.
-          quantization: of the weights.
 
         Raises:
           ValueError: the model type, activation or rope scaling is not supported.
@@ -155,7 +148,6 @@ class LlamaConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
             dtype=dtype,
-            quantization=quantization,
         )
 
 
@@ -179,6 +171,12 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
         middle = (wavelength >= high) & (wavelength <= low)
         return np.where(middle, between, scaled).astype(np.float32)
     return frequencies
+
+
+def rotary_tables(config: LlamaConfig, positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines of the rotary angles at i32[B, T]: f32[B, T, head_dim // 2] each."""
+    angles = positions[:, :, None].astype(jnp.float32) * inverse_frequencies(config)[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 class Attention(nnx.Module):
@@ -302,9 +300,7 @@ class Llama(nnx.Module):
             start=start,
             live=jnp.max(fed),
         )
-        angles = positions[:, :, None].astype(jnp.float32)
-        angles = angles * inverse_frequencies(config)[None, None]
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        cos, sin = rotary_tables(config, positions)
 
         x = self.embed(tokens)
         hidden = [x]

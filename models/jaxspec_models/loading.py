@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,16 +78,13 @@ def load_model(
     _check_arguments(dtype, quantization)
     name = str(name_or_path)
     if name in download.MODELS:
-        config, params = _load_converted(name, dtype, quantization)
+        converted = _load_converted(name, None, dtype, quantization)
+    elif quantization is None:
+        converted = _read(_find(name, _MODEL_FILES), dtype)
     else:
         path = _find(name, _MODEL_FILES)
-        if path.is_dir():
-            config, params = checkpoint.read_directory(path, dtype=dtype, quantization=quantization)
-        else:
-            config, params = checkpoint.read_gguf(
-                GGUFFile(path), dtype=dtype, quantization=quantization
-            )
-    return llama.language_model(config, params)
+        converted = _load_converted(path.name, path, dtype, quantization)
+    return llama.language_model(*converted)
 
 
 def load_tokenizer(name_or_path: str | Path) -> TextTokenizer:
@@ -138,27 +136,52 @@ def _find(name: str, files: list[str]) -> Path:
         ) from error
 
 
+def _read(path: Path, dtype: str) -> tuple[llama.LlamaConfig, Any]:
+    if path.is_dir():
+        return checkpoint.read_directory(path, dtype=dtype)
+    return checkpoint.read_gguf(GGUFFile(path), dtype=dtype)
+
+
 # ---------------------------------------------------------------------------------------------
-# Known models are converted once: dequantising takes seconds, reading the result does not.
+# Known models, and quantised ones, are converted once: dequantising and quantising take seconds,
+# reading the result does not.
+
+
+def _identity(path: Path) -> str:
+    """What tells a local model from another: its files' names, sizes and times of change."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _load_converted(
-    name: str, dtype: str, quantization: str | None
+    name: str, original: Path | None, dtype: str, quantization: str | None
 ) -> tuple[llama.LlamaConfig, Any]:
+    """Reads the converted form of a local model, or of a known one (`original` is None)."""
     kind = dtype if quantization is None else f"{quantization}-{dtype}"
+    if original is None:
+        source = download.MODELS[name].sha256
+    else:
+        source = _identity(original)
+        kind += f"-{source[:16]}"
     path = cache.cache_dir() / name / f"{kind}.safetensors"
-    source = f"{download.MODELS[name].sha256}, format {checkpoint.FORMAT_VERSION}"
+    source = f"{source}, format {checkpoint.FORMAT_VERSION}"
     if cache.is_intact(path, source):
         try:
             return checkpoint.read_converted(path)
         except (ValueError, OSError):  # damaged behind its stamp's back, or removed just now
             cache.discard(path)
-    gguf_path = download.fetch(name)  # before `build_once`: both lock the same directory
+    if original is None:
+        original = download.fetch(name)  # before `build_once`: both lock the same directory
 
     def build(temporary: Path) -> None:
         cache.say(f"Converting {name} to {quantization or dtype} (once) ...")
-        file = GGUFFile(gguf_path)
-        converted = checkpoint.read_gguf(file, dtype=dtype, quantization=quantization)
+        converted = _read(original, dtype)
+        if quantization is not None:
+            from jaxspec_models import llama_int8
+
+            converted = llama_int8.quantize(*converted)
         checkpoint.save_converted(temporary, *converted)
 
     return checkpoint.read_converted(cache.build_once(path, source=source, build=build))

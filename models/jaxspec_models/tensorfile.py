@@ -37,8 +37,8 @@ class Tensor(NamedTuple):
 
     Attributes:
       shape: as in the checkpoint.
-      read_into: `read_into(out)` fills a C-contiguous float32 or bfloat16 array of that shape, or an
-        int8 one from int8.
+      read_into: `read_into(out)` fills a C-contiguous float32 or bfloat16 array of that shape,
+        or an int8 one from int8.
       file: where it is, for messages.
     """
 
