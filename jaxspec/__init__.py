@@ -5,8 +5,10 @@ from jaxspec import policies as policies
 from jaxspec import status as status
 from jaxspec import testing as testing
 from jaxspec import verifiers as verifiers
+from jaxspec.costs import measure_costs as measure_costs
 from jaxspec.generate import Generation as Generation
 from jaxspec.generate import generate as generate
+from jaxspec.profile import Profile as Profile
 from jaxspec.sampling import Sampling as Sampling
 from jaxspec.stats import Stats as Stats
 from jaxspec.stream import stream as stream

@@ -5,6 +5,7 @@ Strategies arrive as values; no concrete drafter, verifier or policy is known he
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +15,7 @@ from jax import lax
 
 from jaxspec import pytree, sampling, stats, status
 from jaxspec.types import (
+    NO_TOKEN,
     PREFILL_CHUNK,
     Cache,
     Context,
@@ -57,6 +59,11 @@ class Engine:
     def hidden_layers(self) -> tuple[int, ...]:
         """The target layers that the drafter reads."""
         return () if self.drafter is None else self.drafter.hidden_layers
+
+    def replace(self, **changes: Any) -> Engine:
+        """Returns a copy with the given fields changed."""
+        strategies = [changes.get(n, getattr(self, n)) for n in ("drafter", "verifier", "policy")]
+        return dataclasses.replace(self, **changes, kinds=tuple(map(type, strategies)))
 
 
 class Request(NamedTuple):
@@ -229,23 +236,130 @@ def run(engine: Engine, request: Request, state: State, limit: Array | int) -> S
     return lax.while_loop(goes_on, step, (jnp.int32(0), state))[1]
 
 
+def verification_widths(num_draft_tokens: int) -> tuple[int, ...]:
+    """The numbers of tokens that a target forward is compiled for on the CPU, rising.
+
+    A round runs at the narrowest one that holds the pending token and the longest draft: nobody
+    pays for drafts that do not exist. Each width costs compile time.
+
+    Example:
+      >>> [verification_widths(k) for k in (0, 4, 10)]
+      [(1,), (1, 5), (1, 5, 11)]
+    """
+    widths = (1, 5) if num_draft_tokens >= 8 else (1,)
+    return (*(w for w in widths if w <= num_draft_tokens), num_draft_tokens + 1)
+
+
+class _Judged(NamedTuple):
+    """What a target forward and the verifier make of the drafts; K slots whatever the width."""
+
+    cache: Cache
+    draft: Draft  # cut where a law is not finite
+    verdict: Verdict
+    num_finite: Array  # i32[B], positions with a finite law before the first without
+    emitted_log_probs: Array  # f32[B, K + 1], what is reported of the verdict's tokens
+    zeros: stats.ZeroProbabilities
+    target_log_probs: Array  # f32[B, K + 1, V]
+    hidden: tuple[Array, ...]  # [B, K + 1, D] each
+
+
 def one_round(engine: Engine, request: Request, state: State) -> State:
     """Propose, one target forward, verify, commit."""
     is_active = state.status == status.RUNNING
-    start = state.lengths - 1
     draft, drafter_state = _propose(engine, request, state, is_active)
+    judged = _judge(engine, request, state, draft, is_active)
+    draft, verdict = judged.draft, judged.verdict
 
-    # One target forward over the pending token and the drafts.
+    num_emitted, new_status = _truncate(request, state, verdict, judged.num_finite)
+    num_emitted = jnp.where(is_active, num_emitted, 0)
+    outcome = Outcome(
+        draft=draft,
+        verdict=verdict,
+        start=state.lengths - 1,
+        num_emitted=num_emitted,
+        num_accepted=jnp.minimum(verdict.num_accepted, num_emitted),
+        is_active=is_active,
+        target_log_probs=judged.target_log_probs,
+        hidden=judged.hidden,
+    )
+    if engine.drafter is not None:
+        drafter_state = engine.drafter.commit(drafter_state, outcome)
+    tokens, log_probs = _write(request, state, verdict, num_emitted, judged.emitted_log_probs)
+    return State(
+        lengths=state.lengths + num_emitted,
+        status=jnp.where(is_active, new_status, state.status),
+        num_rounds=state.num_rounds + is_active.astype(jnp.int32),
+        history=sampling.update_history(state.history, verdict.tokens, num_emitted),
+        policy=engine.policy.update(state.policy, outcome),
+        log_probs=log_probs,
+        stats=stats.update(state.stats, outcome, judged.zeros),
+        tokens=tokens,
+        cache=judged.cache,
+        drafter=drafter_state,
+    )
+
+
+def _judge(
+    engine: Engine, request: Request, state: State, draft: Draft, is_active: Array
+) -> _Judged:
+    """One target forward over the pending tokens and the drafts, and the verdicts."""
+    at_width = functools.partial(_judge_at_width, engine, request, state._replace(cache=None))
+    widths = verification_widths(engine.num_draft_tokens)
+
+    def at_full_width(cache: Cache, draft: Draft, is_active: Array) -> _Judged:
+        return at_width(cache, draft, is_active, width=widths[-1])
+
+    def at_narrowest_width(cache: Cache, draft: Draft, is_active: Array) -> _Judged:
+        # Loops of one trip or none, not `switch`, which would copy the cache on the CPU.
+        shapes = jax.eval_shape(at_full_width, cache, draft, is_active)
+        judged = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(cache=None))
+        judged = judged._replace(cache=cache)
+        needed = 1 + jnp.max(jnp.where(is_active, draft.length, 0))
+        chosen = jnp.sum(needed > jnp.asarray(widths))
+        for i, width in enumerate(widths):
+
+            def judge(_: Any, judged: _Judged, width: int = width) -> _Judged:
+                return at_width(judged.cache, draft, is_active, width=width)
+
+            judged = lax.fori_loop(0, (chosen == i).astype(jnp.int32), judge, judged)
+        return judged
+
+    if len(widths) == 1:
+        return at_full_width(state.cache, draft, is_active)
+    # Elsewhere a loop of dynamic length costs more than the tokens it would save.
+    return lax.platform_dependent(
+        state.cache, draft, is_active, cpu=at_narrowest_width, default=at_full_width
+    )
+
+
+def _judge_at_width(
+    engine: Engine,
+    request: Request,
+    state: State,
+    cache: Cache,
+    draft: Draft,
+    is_active: Array,
+    *,
+    width: int,
+) -> _Judged:
+    """`_judge` where no draft is longer than `width - 1` (static)."""
+    num_slots = width - 1
+    whole = draft
+    draft = draft._replace(
+        tokens=draft.tokens[:, :num_slots],
+        log_probs=None if draft.log_probs is None else draft.log_probs[:, :num_slots],
+    )
+    start = state.lengths - 1
     pending = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
     fed = jnp.concatenate([pending, draft.tokens], axis=1)
     num_new = jnp.where(is_active, 1 + draft.length, 0)
     output, cache = engine.target.forward(
-        fed, state.cache, start=start, num_new=num_new, hidden_layers=engine.hidden_layers
+        fed, cache, start=start, num_new=num_new, hidden_layers=engine.hidden_layers
     )
     logits = output.logits
 
     # The sampling options at every position, each with the drafts before it as its prefix.
-    offsets = jnp.arange(engine.num_draft_tokens + 1, dtype=jnp.int32)
+    offsets = jnp.arange(width, dtype=jnp.int32)
     at_offsets = jax.vmap(sampling.process, in_axes=(0, None, None, None, 0))
     scores = jax.vmap(at_offsets, in_axes=(0, 0, 0, 0, None))(
         logits, request.options, state.history, draft.tokens, offsets
@@ -256,41 +370,32 @@ def one_round(engine: Engine, request: Request, state: State) -> State:
     draft, num_finite = _cut_at_nonfinite(draft, logits, scores.log_probs)
 
     if _is_keyed_by_position(engine.verifier):
-        keys = _noise_keys(request.keys, state.lengths, engine.num_draft_tokens + 1)
+        keys = _noise_keys(request.keys, state.lengths, width)
     else:
-        keys = _keys(request.keys, state.num_rounds, _VERIFY, engine.num_draft_tokens + 1)
+        keys = _keys(request.keys, state.num_rounds, _VERIFY, width)
     verdict = jax.vmap(engine.verifier)(keys, draft, scores.log_probs)
-    verdict = verdict._replace(
-        tokens=verdict.tokens.astype(jnp.int32),
-        num_accepted=verdict.num_accepted.astype(jnp.int32),
-    )
+    tokens = verdict.tokens.astype(jnp.int32)
+    emitted = jnp.where(offsets[None] <= verdict.num_accepted[:, None], tokens, 0)
+    emitted_log_probs = jnp.take_along_axis(scores.report, emitted[:, :, None], axis=2)[:, :, 0]
 
-    num_emitted, new_status = _truncate(request, state, verdict, num_finite)
-    num_emitted = jnp.where(is_active, num_emitted, 0)
-    outcome = Outcome(
-        draft=draft,
-        verdict=verdict,
-        start=start,
-        num_emitted=num_emitted,
-        num_accepted=jnp.minimum(verdict.num_accepted, num_emitted),
-        is_active=is_active,
-        target_log_probs=scores.log_probs,
-        hidden=output.hidden,
-    )
-    if engine.drafter is not None:
-        drafter_state = engine.drafter.commit(drafter_state, outcome)
-    tokens, log_probs = _write(request, state, verdict, num_emitted, scores.report)
-    return State(
-        lengths=state.lengths + num_emitted,
-        status=jnp.where(is_active, new_status, state.status),
-        num_rounds=state.num_rounds + is_active.astype(jnp.int32),
-        history=sampling.update_history(state.history, verdict.tokens, num_emitted),
-        policy=engine.policy.update(state.policy, outcome),
-        log_probs=log_probs,
-        stats=stats.update(state.stats, outcome),
-        tokens=tokens,
+    zeros = stats.zero_probabilities(draft, scores.log_probs)
+
+    def widen(x: Array, fill: Any = 0) -> Array:
+        missing = [(0, 0)] * x.ndim
+        missing[1] = (0, engine.num_draft_tokens + 1 - width)
+        return jnp.pad(x, missing, constant_values=fill)
+
+    return _Judged(
         cache=cache,
-        drafter=drafter_state,
+        draft=whole._replace(length=draft.length),
+        verdict=verdict._replace(
+            tokens=widen(tokens, NO_TOKEN), num_accepted=verdict.num_accepted.astype(jnp.int32)
+        ),
+        num_finite=num_finite,
+        emitted_log_probs=widen(emitted_log_probs),
+        zeros=jax.tree.map(widen, zeros),
+        target_log_probs=widen(scores.log_probs),
+        hidden=jax.tree.map(widen, output.hidden),
     )
 
 
@@ -369,7 +474,7 @@ def _truncate(
 
 
 def _write(
-    request: Request, state: State, verdict: Verdict, num_emitted: Array, report: Array
+    request: Request, state: State, verdict: Verdict, num_emitted: Array, new_log_probs: Array
 ) -> tuple[Array, Array]:
     """Writes the committed tokens and their log-probabilities at each row's own length."""
     rows = jnp.arange(num_emitted.shape[0])[:, None]
@@ -380,9 +485,8 @@ def _write(
     tokens = state.tokens.at[rows, jnp.where(is_new, at, state.tokens.shape[1])].set(
         emitted, mode="drop"
     )
-    new = jnp.take_along_axis(report, emitted[:, :, None], axis=2)[:, :, 0]
     column = jnp.where(is_new, at - request.prompt_lengths[:, None], state.log_probs.shape[1])
-    return tokens, state.log_probs.at[rows, column].set(new, mode="drop")
+    return tokens, state.log_probs.at[rows, column].set(new_log_probs, mode="drop")
 
 
 def _keys(keys: Array, rounds: Array, purpose: int, count: int) -> Array:

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxspec.types import Outcome
+from jaxspec.types import Draft, Outcome
 
 Array: TypeAlias = jax.Array
 
@@ -86,8 +86,26 @@ def init(batch: int, num_draft_tokens: int) -> Stats:
     )
 
 
-def update(stats: Stats, outcome: Outcome) -> Stats:
-    """Adds one round."""
+class ZeroProbabilities(NamedTuple):
+    """Drafts that cannot be, or cannot be accepted.
+
+    Attributes:
+      is_impossible: bool[B, K], no token of the vocabulary, or one that its own q cannot draw.
+      is_hopeless: bool[B, K], a token to which the target gives no probability.
+    """
+
+    is_impossible: Array
+    is_hopeless: Array
+
+
+def update(stats: Stats, outcome: Outcome, zeros: ZeroProbabilities) -> Stats:
+    """Adds one round.
+
+    Args:
+      stats: the counters.
+      outcome: of the round.
+      zeros: of the round's drafts, from `zero_probabilities`.
+    """
     took_part = outcome.is_active.astype(jnp.int32)
     was_cut = outcome.num_emitted < outcome.verdict.num_accepted + 1
     counted = jnp.where(
@@ -95,7 +113,7 @@ def update(stats: Stats, outcome: Outcome) -> Stats:
     )
     bins = jnp.arange(stats.acceptance_histogram.shape[1])
     hit = (bins[None] == outcome.num_accepted[:, None]).astype(jnp.int32)
-    is_impossible, is_hopeless = _zero_probabilities(outcome)
+    is_impossible, is_hopeless = zeros
     slots = jnp.arange(outcome.draft.tokens.shape[1])[None]
     num_impossible = jnp.sum(is_impossible & (slots < counted[:, None]), axis=1, dtype=jnp.int32)
     # Without a cut, the step ended at the first draft behind the accepted ones, if there is one.
@@ -118,14 +136,18 @@ def update(stats: Stats, outcome: Outcome) -> Stats:
     )
 
 
-def _zero_probabilities(outcome: Outcome) -> tuple[Array, Array]:
-    """Whether q, and whether p, gives each draft no probability: bool[B, K] each."""
-    draft = outcome.draft
-    vocab_size = outcome.target_log_probs.shape[2]
-    is_outside = (draft.tokens < 0) | (draft.tokens >= vocab_size)
+def zero_probabilities(draft: Draft, target_log_probs: Array) -> ZeroProbabilities:
+    """Looks up what q and p give to each draft.
+
+    Args:
+      draft: of every row (leading axis B).
+      target_log_probs: f32[B, K + 1, V].
+    """
+    is_outside = (draft.tokens < 0) | (draft.tokens >= target_log_probs.shape[2])
     tokens = jnp.where(is_outside, 0, draft.tokens)[:, :, None]
-    target = jnp.take_along_axis(outcome.target_log_probs[:, :-1], tokens, axis=2)[:, :, 0]
-    if draft.log_probs is None:
-        return is_outside, target == -jnp.inf
-    drafted = jnp.take_along_axis(draft.log_probs, tokens, axis=2)[:, :, 0]
-    return is_outside | ~(drafted > -jnp.inf), target == -jnp.inf
+    target = jnp.take_along_axis(target_log_probs[:, :-1], tokens, axis=2)[:, :, 0]
+    is_impossible = is_outside
+    if draft.log_probs is not None:
+        drafted = jnp.take_along_axis(draft.log_probs, tokens, axis=2)[:, :, 0]
+        is_impossible = is_outside | ~(drafted > -jnp.inf)
+    return ZeroProbabilities(is_impossible, target == -jnp.inf)

@@ -18,6 +18,8 @@ Array: TypeAlias = jax.Array
 # A draft step feeds up to two tokens: after a draft was accepted whole, its last token was never
 # fed, so the cache lags by one. Two rows cost what one costs (see benchmarks/README.md).
 _STEP = 2
+# A row that was not drafted for lags behind its text by more, and is fed so many tokens at once.
+_CATCH_UP = 8
 
 
 class ModelState(NamedTuple):
@@ -151,13 +153,14 @@ class ModelDrafter:
                 is_open=is_open & (num_known - context.lengths < num_draft),
             )
 
+        cache, num_cached = self._catch_up(state, context, num_draft > 0)
         progress = lax.while_loop(
             lambda progress: jnp.any(progress.is_open),
             step,
             _Progress(
-                cache=state.cache,
+                cache=cache,
                 tokens=context.tokens,
-                num_cached=state.num_cached,
+                num_cached=num_cached,
                 num_known=context.lengths,
                 log_probs=log_probs,
                 is_open=num_draft > 0,
@@ -168,6 +171,34 @@ class ModelDrafter:
         )
         draft = Draft(tokens, progress.log_probs, progress.num_known - context.lengths)
         return draft, ModelState(progress.cache, progress.num_cached)
+
+    def _catch_up(self, state: ModelState, context: Context, is_open: Array) -> tuple[Cache, Array]:
+        """Feeds rows that lag whole chunks of their text.
+
+        The other rows' chunks lie inside the buffer, too: what they write again, they had
+        written from the same tokens, and what they write behind that is garbage.
+        """
+        last = context.tokens.shape[1] - _CATCH_UP
+        if last < 0:
+            return state.cache, state.num_cached
+
+        def lags(num_cached: Array) -> Array:  # the pending token is left to the first step
+            return is_open & (context.lengths - 1 - num_cached >= _CATCH_UP)
+
+        def feed(carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
+            cache, num_cached = carry
+            num_new = jnp.where(lags(num_cached), _CATCH_UP, 0)
+            start = jnp.minimum(num_cached, last)
+            tokens = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (_CATCH_UP,)))(
+                context.tokens, start
+            )
+            none = jnp.zeros((tokens.shape[0], 0), jnp.int32)
+            _, cache = self.lm.forward(tokens, cache, start=start, num_new=num_new, logits_at=none)
+            return cache, num_cached + num_new
+
+        return lax.while_loop(
+            lambda carry: jnp.any(lags(carry[1])), feed, (state.cache, state.num_cached)
+        )
 
     def _chooser(self, keys: Array, context: Context) -> Callable[[Array, Array], Array]:
         """How tokens are drawn: (slots i32[B], log-probabilities f32[B, V]) -> i32[B]."""

@@ -4,6 +4,8 @@ Each public name is a factory: `policies.fixed(4)` returns a `jaxspec.types.Poli
 """
 
 from jaxspec.policies.fixed import fixed as fixed
+from jaxspec.policies.goodput import goodput as goodput
+from jaxspec.policies.guarded import guarded as guarded
 from jaxspec.policies.heuristic import heuristic as heuristic
 
-__all__ = ["fixed", "heuristic"]
+__all__ = ["fixed", "goodput", "guarded", "heuristic"]

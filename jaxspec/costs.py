@@ -1,0 +1,191 @@
+"""Measuring what a round costs on this machine, for the policies that weigh it."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxspec import arguments, loop, policies, pytree
+from jaxspec.generate import prefill, run
+from jaxspec.profile import Profile
+from jaxspec.sampling import Sampling
+from jaxspec.types import Context, Draft, Drafter, LanguageModel, Outcome, Signals
+
+Array: TypeAlias = jax.Array
+
+
+@pytree.dataclass
+class _Insistent:
+    """Drafts as much as it is asked for, whatever `drafter` found; without one, for nothing."""
+
+    drafter: Drafter | None
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        return () if self.drafter is None else self.drafter.hidden_layers
+
+    def init(self, batch: int, capacity: int) -> Any:
+        return () if self.drafter is None else self.drafter.init(batch, capacity)
+
+    def prefill(
+        self, state: Any, tokens: Array, hidden: tuple[Array, ...], start: Array, num_new: Array
+    ) -> Any:
+        if self.drafter is None:
+            return state
+        return self.drafter.prefill(state, tokens, hidden, start, num_new)
+
+    def propose(
+        self,
+        keys: Array,
+        state: Any,
+        context: Context,
+        num_draft: Array,
+        keep_drafting: Callable[[Signals], Array],
+    ) -> tuple[Draft, Any]:
+        if self.drafter is None:
+            return Draft(jnp.zeros(keys.shape, jnp.int32), None, num_draft), state
+        draft, state = self.drafter.propose(keys, state, context, num_draft, keep_drafting)
+        return draft._replace(length=num_draft), state
+
+    def commit(self, state: Any, outcome: Outcome) -> Any:
+        return state if self.drafter is None else self.drafter.commit(state, outcome)
+
+
+def measure_costs(
+    target: LanguageModel,
+    drafter: Drafter | str | None = None,
+    *,
+    batch: int = 1,
+    num_draft_tokens: int = 4,
+    context_length: int = 128,
+    sampling: Sampling = Sampling(temperature=0),  # noqa: B008 (frozen)
+    num_rounds: int = 6,
+    repeats: int = 7,
+) -> Profile:
+    """Times the parts of a round, each apart, in alternation, and takes medians.
+
+    It compiles the loop twice and a forward, and runs them; nothing else should keep the machine
+    busy meanwhile. Call it once for a model, a drafter, a batch size and K, and keep the profile.
+
+    Args:
+      target: the model that verifies.
+      drafter: from `jaxspec.drafters`, or "auto"; None: the profile of plain decoding (K = 0).
+      batch: B, rows.
+      num_draft_tokens: K ≥ 1, the most tokens drafted in a round.
+      context_length: tokens of each row's prompt.
+      sampling: the options; 0 temperature by default.
+      num_rounds: rounds in one timing.
+      repeats: timings of each part; the median counts.
+
+    Returns:
+      A `Profile` in seconds.
+
+    Raises:
+      ValueError: as `jaxspec.generate`, or counts below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxspec
+      >>> def apply(params, tokens, cache, *, start):
+      ...     return jaxspec.ModelOutput(params[tokens]), cache
+      >>> def init_cache(batch, capacity, max_step):
+      ...     return ()
+      >>> lm = jaxspec.LanguageModel(jnp.eye(4), apply, init_cache, vocab_size=4)
+      >>> profile = measure_costs(lm, jaxspec.drafters.model(lm), num_draft_tokens=2, repeats=1)
+      >>> profile.verify.shape
+      (3,)
+    """
+    for name, count in (("batch", batch), ("context_length", context_length),
+                        ("num_rounds", num_rounds), ("repeats", repeats)):  # fmt: skip
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+    prepared = arguments.prepare(
+        target,
+        [[0] * context_length] * batch,
+        drafter=drafter,
+        policy=policies.fixed(0),
+        sampling=sampling,
+        max_new_tokens=num_rounds * (num_draft_tokens + 1) + 1,
+        num_draft_tokens=num_draft_tokens,
+        eos_ids=(),
+        key=jax.random.key(0),
+    )
+    request, num_slots = prepared.request, prepared.engine.num_draft_tokens
+    timed = prepared.engine.replace(drafter=_Insistent(prepared.engine.drafter))
+    free = timed.replace(drafter=_Insistent(None))
+
+    def begin(engine: loop.Engine, length: int) -> tuple[loop.Engine, loop.State]:
+        engine = engine.replace(policy=policies.fixed(length))
+        size = prepared.max_new_tokens
+        return engine, prefill(engine, request, prepared.prompts, max_new_tokens=size)
+
+    def rounds(engine: loop.Engine, length: int) -> float:
+        engine, state = begin(engine, length)
+        return _seconds(lambda: run(engine, request, state, num_rounds)) / num_rounds
+
+    def forwards() -> float:
+        engine, state = begin(free, 0)
+        return _seconds(lambda: _forwards(engine.target, state, num_rounds)) / num_rounds
+
+    widths = loop.verification_widths(num_slots)
+    parts: dict[Any, Callable[[], float]] = {"forward": forwards}
+    parts |= {width: functools.partial(rounds, timed, width - 1) for width in widths}
+    if num_slots:
+        parts |= {"free": functools.partial(rounds, free, num_slots)}
+        parts |= {"free, plain": functools.partial(rounds, free, 0)}
+    seconds = _medians(parts, repeats)
+
+    draft = 0.0
+    if num_slots:
+        drafting = seconds[widths[-1]] - seconds["free"]
+        idling = seconds[1] - seconds["free, plain"]  # what the drafter does for no drafts
+        draft = max(0.0, drafting - idling) / num_slots
+    overhead = max(0.0, seconds[1] - seconds["forward"])
+    verify = [
+        seconds[width] - (width - 1) * draft - overhead
+        for tokens in range(1, num_slots + 2)
+        for width in [min(w for w in widths if w >= tokens)]
+    ]
+    rising = np.maximum.accumulate(verify)  # noise must not make more tokens cheaper
+    return Profile(*(jnp.asarray(x, jnp.float32) for x in (rising, draft, overhead)))
+
+
+def _seconds(compute: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(compute())
+    return time.perf_counter() - start
+
+
+def _medians(parts: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
+    """The median of each part, timed in turn; the first turn compiles and does not count."""
+    times: dict[Any, list[float]] = {name: [] for name in parts}
+    for turn in range(repeats + 1):
+        for name, part in parts.items():
+            seconds = part()
+            if turn:
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _forwards(target: LanguageModel, state: loop.State, count: Array | int) -> Any:
+    """Target forwards over one token of every row, each fed what the one before found."""
+    start = state.lengths - 1
+    tokens = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
+
+    def forward(index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        tokens, cache = carry
+        output, cache = target.forward(
+            tokens, cache, start=start + index, num_new=jnp.ones_like(start)
+        )
+        return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), cache
+
+    return lax.fori_loop(0, count, forward, (tokens, state.cache))
