@@ -36,13 +36,14 @@ def run(arguments: argparse.Namespace) -> int:
     """
     tokenizer = running.load_tokenizer(DEFAULT_MODEL)
     prompt_ids = running.encode(tokenizer, PROMPT, is_chat=True)
-    target = running.load_model(DEFAULT_MODEL, arguments.dtype)
+    target = running.load_model(DEFAULT_MODEL, arguments.dtype, arguments.quantization)
     options: dict[str, Any] = {
         "sampling": jaxspec.Sampling(temperature=0),
         "max_new_tokens": arguments.max_new_tokens,
         "num_draft_tokens": arguments.num_draft_tokens or 7,
     }
-    running.put(f"{DEFAULT_MODEL}, {arguments.dtype}, is asked:\n\n{_indented(PROMPT)}\n\n")
+    weights = arguments.quantization or arguments.dtype
+    running.put(f"{DEFAULT_MODEL}, {weights}, is asked:\n\n{_indented(PROMPT)}\n\n")
 
     lookup = options | {"drafter": jaxspec.drafters.prompt_lookup()}
     compile_seconds = [running.compile_programs(target, prompt_ids, **lookup)]

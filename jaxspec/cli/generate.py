@@ -16,7 +16,6 @@ import jaxspec
 from jaxspec.cli import running
 from jaxspec.cli.errors import UserError
 
-# The CPU pads every forward to eight rows anyway: seven drafts of a lookup cost what one costs.
 _NUM_LOOKED_UP = 7
 _NUM_DRAFTED = 4
 
@@ -37,13 +36,16 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     tokenizer = running.load_tokenizer(arguments.model)
     prompt_ids = running.encode(tokenizer, prompt, is_chat=arguments.chat)
-    target = running.load_model(arguments.model, arguments.dtype)
+    target = running.load_model(arguments.model, arguments.dtype, arguments.quantization)
+    num_draft_tokens = arguments.num_draft_tokens or (
+        _NUM_DRAFTED if arguments.draft else _NUM_LOOKED_UP
+    )
     options: dict[str, Any] = {
         "drafter": _drafter(arguments),
+        "policy": jaxspec.policies.guarded(jaxspec.policies.fixed(num_draft_tokens)),
         "sampling": sampling_options(arguments),
         "max_new_tokens": arguments.max_new_tokens,
-        "num_draft_tokens": arguments.num_draft_tokens
-        or (_NUM_DRAFTED if arguments.draft else _NUM_LOOKED_UP),
+        "num_draft_tokens": num_draft_tokens,
         "key": jax.random.key(arguments.seed, impl="threefry2x32"),
     }
     load_seconds = time.perf_counter() - start
@@ -109,7 +111,8 @@ def _read_file(name: str) -> bytes:
 def _drafter(arguments: argparse.Namespace) -> Any:
     if arguments.draft is not None:
         running.say(f"Loading {arguments.draft} ...")
-        return jaxspec.drafters.model(running.load_model(arguments.draft, arguments.dtype))
+        draft = running.load_model(arguments.draft, arguments.dtype, arguments.quantization)
+        return jaxspec.drafters.model(draft)
     return None if arguments.drafter == "none" else jaxspec.drafters.prompt_lookup()
 
 

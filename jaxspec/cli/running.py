@@ -78,6 +78,22 @@ def exit_on_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def keep_compiled_programs() -> None:
+    """Lets JAX keep compiled programs on the disk, beside the models.
+
+    A later start with the same model and options then loads them. Whoever set
+    JAX_COMPILATION_CACHE_DIR decides for himself.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    from jaxspec_models.cache import cache_dir
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    # Also what compiles quickly: there are dozens of such programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def load_tokenizer(name: str) -> Any:
     """Loads the tokenizer of a model.
 
@@ -85,13 +101,14 @@ def load_tokenizer(name: str) -> Any:
       UserError: it could not be loaded.
     """
     say(f"Loading {name} ...")
+    keep_compiled_programs()
     with told_to_the_user():
         from jaxspec_models import load_tokenizer
 
         return load_tokenizer(name)
 
 
-def load_model(name: str, dtype: str) -> jaxspec.LanguageModel:
+def load_model(name: str, dtype: str, quantization: str | None) -> jaxspec.LanguageModel:
     """Loads a model.
 
     Raises:
@@ -100,7 +117,7 @@ def load_model(name: str, dtype: str) -> jaxspec.LanguageModel:
     with told_to_the_user():
         from jaxspec_models import load_model
 
-        return load_model(name, dtype=dtype)
+        return load_model(name, dtype=dtype, quantization=quantization)
 
 
 def encode(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:

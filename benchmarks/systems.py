@@ -1,0 +1,274 @@
+"""One system under comparison, in a process of its own: reads requests, answers with timings.
+
+`compare.py` starts it and speaks JSON lines with it; nobody else needs to.
+
+    python benchmarks/systems.py SYSTEM --weights FILE.gguf --threads 2
+
+A request is {"mode": "plain" or "lookup", "ids": [...], "text": "...", "max_new_tokens": 128,
+"temperature": 0.0, "seed": 0, "eos_ids": [...]}. The answer holds the number of new tokens, the
+seconds to the first of them ("prefill"), and how many came in how many seconds after that
+("decode_tokens", "decode"). Each system gets the prompt's ids, or the same text where it takes no
+ids, and is used as its documentation recommends; the constants were chosen on other prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Answer = dict[str, Any]
+Run = Callable[[dict[str, Any]], Answer]
+
+
+def jaxspec_int8(weights: str, threads: int) -> tuple[str, Run]:
+    """This project: int8 weights, prompt lookup under a guarded goodput policy."""
+    del threads  # XLA takes the cores the process may use
+    import jax
+
+    import jaxspec
+    import jaxspec_models
+    from jaxspec import arguments
+    from jaxspec.generate import prefill, result, run
+
+    if cache := os.environ.get("JAXSPEC_BENCHMARK_CACHE"):
+        jax.config.update("jax_compilation_cache_dir", cache)
+    model = jaxspec_models.load_model(weights, quantization="int8")
+    lookup = jaxspec.drafters.prompt_lookup()
+    num_draft_tokens = 10
+    profile = jaxspec.measure_costs(
+        model, lookup, num_draft_tokens=num_draft_tokens, context_length=256
+    )
+    policy = jaxspec.policies.guarded(jaxspec.policies.goodput(profile))
+    modes: dict[str, dict[str, Any]] = {
+        "plain": {"drafter": None},
+        "lookup": {"drafter": lookup, "policy": policy, "num_draft_tokens": num_draft_tokens},
+    }
+
+    def answer(request: dict[str, Any]) -> Answer:
+        temperature = request["temperature"] or 0
+        start = time.perf_counter()
+        prepared = arguments.prepare(
+            model,
+            [request["ids"]],
+            sampling=jaxspec.Sampling(temperature=temperature),
+            max_new_tokens=request["max_new_tokens"],
+            eos_ids=request["eos_ids"],
+            key=jax.random.key(request["seed"]),
+            **modes[request["mode"]],
+        )
+        engine, row = prepared.engine, prepared.request
+        state = prefill(
+            engine, row, prepared.prompts, max_new_tokens=prepared.max_new_tokens
+        )
+        state = run(engine, row, state, 1)
+        first = int(state.lengths[0]) - len(request["ids"])
+        begin = time.perf_counter()
+        state = jax.block_until_ready(run(engine, row, state, -1))
+        end = time.perf_counter()
+        done = result(engine, row, state, pad_id=0)
+        count = int(done.lengths[0])
+        return {
+            "tokens": count,
+            "prefill": begin - start,
+            "decode": end - begin,
+            "decode_tokens": count - first,
+            "ids": done.tokens[0, :count].tolist(),
+            "steps": int(done.stats.num_spec_steps[0]),
+            "histogram": done.stats.acceptance_histogram[0].tolist(),
+        }
+
+    return f"jaxspec {jaxspec.__version__}, jax {jax.__version__}, int8", answer
+
+
+def transformers(weights: str, threads: int) -> tuple[str, Run]:
+    """HF transformers: bfloat16, eager, with and without prompt lookup."""
+    import torch
+    import transformers as hf
+
+    torch.set_num_threads(threads)
+    folder, name = os.path.split(os.path.abspath(weights))
+    hf.utils.logging.set_verbosity_error()
+    hf.utils.logging.disable_progress_bar()
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+    model.eval()
+
+    class Clock(hf.generation.streamers.BaseStreamer):
+        """Notes when tokens come; the first call brings the prompt."""
+
+        def __init__(self):
+            self.times, self.counts = [], []
+
+        def put(self, value):
+            self.times.append(time.perf_counter())
+            self.counts.append(value.numel())
+
+        def end(self):
+            pass
+
+    def answer(request: dict[str, Any]) -> Answer:
+        ids = torch.tensor([request["ids"]])
+        torch.manual_seed(request["seed"])
+        clock, options = Clock(), {}
+        if request["temperature"]:
+            options = {"temperature": request["temperature"], "top_k": 0, "top_p": 1.0}
+        if request["mode"] == "lookup":
+            options["prompt_lookup_num_tokens"] = 10
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=request["max_new_tokens"],
+                do_sample=bool(request["temperature"]),
+                eos_token_id=request["eos_ids"],
+                pad_token_id=request["eos_ids"][0],
+                streamer=clock,
+                **options,
+            )
+        end = time.perf_counter()
+        new = out[0, ids.shape[1] :].tolist()
+        first = clock.times[1]
+        return {
+            "tokens": len(new),
+            "prefill": first - start,
+            "decode": end - first,
+            "decode_tokens": len(new) - clock.counts[1],
+            "ids": new,
+        }
+
+    return f"transformers {hf.__version__}, torch {torch.__version__}, bfloat16", answer
+
+
+def llama_cpp(weights: str, threads: int) -> tuple[str, Run]:
+    """llama.cpp through llama-cpp-python: the file's own quantisation."""
+    import llama_cpp as lib
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    options = {
+        "model_path": weights,
+        "n_ctx": 4096,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "verbose": False,
+    }
+    models = {
+        "plain": lib.Llama(**options),
+        # Its documentation: 2 for machines without a GPU; more was slower on other prompts, too.
+        "lookup": lib.Llama(
+            **options, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4), logits_all=True
+        ),
+    }
+
+    def answer(request: dict[str, Any]) -> Answer:
+        model, eos = models[request["mode"]], set(request["eos_ids"])
+        model.reset()
+        model.set_seed(request["seed"])
+        new: list[int] = []
+        start = time.perf_counter()
+        first = start
+        for token in model.generate(
+            request["ids"], temp=request["temperature"], top_k=0, top_p=1.0, min_p=0.0,
+            repeat_penalty=1.0, reset=True,
+        ):  # fmt: skip
+            if not new:
+                first = time.perf_counter()
+            new.append(int(token))
+            if token in eos or len(new) >= request["max_new_tokens"]:
+                break
+        end = time.perf_counter()
+        return {
+            "tokens": len(new),
+            "prefill": first - start,
+            "decode": end - first,
+            "decode_tokens": len(new) - 1,
+            "ids": new,
+        }
+
+    return f"llama-cpp-python {lib.__version__}, the file's quantisation", answer
+
+
+def openvino(weights: str, threads: int) -> tuple[str, Run]:
+    """OpenVINO GenAI, from the GGUF file."""
+    import openvino_genai as ov
+
+    options = {"INFERENCE_NUM_THREADS": threads}
+    pipes = {
+        "plain": ov.LLMPipeline(weights, "CPU", **options),
+        "lookup": ov.LLMPipeline(weights, "CPU", prompt_lookup=True, **options),
+    }
+
+    def answer(request: dict[str, Any]) -> Answer:
+        config = ov.GenerationConfig()
+        config.max_new_tokens = request["max_new_tokens"]
+        config.apply_chat_template = False
+        config.eos_token_id = request["eos_ids"][0]
+        config.stop_token_ids = set(request["eos_ids"])
+        if request["temperature"]:
+            config.do_sample = True
+            config.temperature = request["temperature"]
+            config.rng_seed = request["seed"]
+        if request["mode"] == "lookup":
+            config.num_assistant_tokens = 5
+            config.max_ngram_size = 3
+        first: list[float] = []
+
+        def on_text(_: str) -> Any:
+            if not first:
+                first.append(time.perf_counter())
+            return ov.StreamingStatus.RUNNING
+
+        start = time.perf_counter()
+        out = pipes[request["mode"]].generate([request["text"]], config)
+        end = time.perf_counter()
+        metrics = out.perf_metrics
+        count = int(metrics.get_num_generated_tokens())
+        prefill = metrics.get_ttft().mean / 1e3
+        return {
+            "tokens": count,
+            "prefill": prefill,
+            "decode": end - start - prefill,
+            "decode_tokens": count - 1,
+        }
+
+    return f"openvino-genai {ov.__version__}, from GGUF", answer
+
+
+SYSTEMS: dict[str, Callable[[str, int], tuple[str, Run]]] = {
+    "jaxspec": jaxspec_int8,
+    "transformers": transformers,
+    "llama.cpp": llama_cpp,
+    "openvino": openvino,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    # Libraries print what they like: answers go out by a copy of stdout, the rest to stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(message: Answer) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    try:
+        name, answer = SYSTEMS[args.system](args.weights, args.threads)
+    except ImportError as error:
+        say({"missing": str(error)})
+        return
+    say({"name": name})
+    for line in sys.stdin:
+        say(answer(json.loads(line)))
+
+
+if __name__ == "__main__":
+    main()
