@@ -62,9 +62,7 @@ def jaxspec_int8(weights: str, threads: int) -> tuple[str, Run]:
             **modes[request["mode"]],
         )
         engine, row = prepared.engine, prepared.request
-        state = prefill(
-            engine, row, prepared.prompts, max_new_tokens=prepared.max_new_tokens
-        )
+        state = prefill(engine, row, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
         state = run(engine, row, state, 1)
         first = int(state.lengths[0]) - len(request["ids"])
         begin = time.perf_counter()
@@ -159,9 +157,7 @@ def llama_cpp(weights: str, threads: int) -> tuple[str, Run]:
     models = {
         "plain": lib.Llama(**options),
         # Its documentation: 2 for machines without a GPU; more was slower on other prompts, too.
-        "lookup": lib.Llama(
-            **options, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4), logits_all=True
-        ),
+        "lookup": lib.Llama(**options, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4)),
     }
 
     def answer(request: dict[str, Any]) -> Answer:

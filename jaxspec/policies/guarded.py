@@ -63,7 +63,9 @@ class Guarded:
         """Enters what the round saved or lost, and starts or shortens a pause."""
         weight = outcome.is_active.astype(jnp.float32)
         longest = jnp.max(jnp.where(outcome.is_active, outcome.draft.length, 0))
-        emitted = jnp.sum(outcome.num_emitted * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+        emitted = jnp.sum(outcome.num_emitted.astype(jnp.float32) * weight) / jnp.maximum(
+            jnp.sum(weight), 1.0
+        )
         saved = jnp.where(longest > 0, emitted - self._cost(longest), 0.0)
         # Old gains do not excuse losses for ever.
         balance = jnp.minimum(state.balance + saved, self.allowance)

@@ -134,7 +134,9 @@ def _smooth(norm: dict[str, Array], linear: dict[str, Array], ranges: Array) -> 
     )
     # Only their proportions matter; a channel that is always zero says nothing.
     factors = jnp.exp(jnp.clip(log_factors - jnp.median(log_factors), -7.0, 7.0))
-    return {"weight": norm["weight"] / factors}, _quantize(linear | {"weight": weight * factors})
+    return {"weight": norm["weight"] / factors}, _quantize(
+        linear | {"weight": weight * factors[None]}
+    )
 
 
 @jax.jit

@@ -39,5 +39,5 @@ def quantize_rows(x: Array, largest: Array | None = None) -> tuple[Array, Array]
     x = x.astype(jnp.float32)
     if largest is None:
         largest = jnp.max(jnp.abs(x), axis=-1)
-    per_step = jnp.where(largest > 0, _STEPS / largest, 0.0)
+    per_step = _STEPS / jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
     return jnp.round(x * per_step[..., None]).astype(jnp.int8), largest / _STEPS

@@ -113,10 +113,16 @@ VERIFIERS = {
     "match, own noise": functools.partial(verifiers.match, share_noise=False),
     "greedy": verifiers.greedy,
 }
+# Lengths of 0, 1 and 3 all come up in four tokens, and so do pauses.
+_PROFILE = jaxspec.Profile(jnp.array([1.0, 1.2, 1.7, 1.8]), jnp.float32(0.05), jnp.float32(0.05))
 POLICIES = {
     "fixed": lambda: policies.fixed(DRAFTS),
     "heuristic": lambda: policies.heuristic(1),
     "confident": lambda: Confident(0.5),
+    "goodput": lambda: policies.goodput(_PROFILE, memory=2.0),
+    "guarded": lambda: policies.guarded(
+        policies.fixed(2), _PROFILE, allowance=0.1, pause=1, longest_pause=2
+    ),
 }
 OPTIONS = {
     "temperature": {"temperature": 0.5},
