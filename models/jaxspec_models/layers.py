@@ -2,10 +2,10 @@
 
 Two rules hold throughout, both measured (see `benchmarks/README.md`):
 
-- **Arithmetic does not depend on the width or the batch.** On the CPU products, norms and other
-  reductions over fewer than eight rows take other code paths, with other roundings. So a model
-  pads its new tokens to `MIN_ROWS` rows where it begins (`padded_width`), and a text's logits
-  are bit-equal at any width.
+- **Arithmetic does not depend on the width or the batch.** On the CPU reductions over fewer than
+  eight rows take other code paths, with other roundings: they are padded where they happen
+  (`reduce_rows`, attention). Products are the same from two rows on, and elementwise work always;
+  so a text's logits are bit-equal at any width, and nothing but reductions pays for padding.
 - **The cache is never copied.** It is written by `dynamic_update_slice` and read in blocks up to
   the live length; bfloat16 is kept as its bits in uint16, because the CPU backend rewrites a
   whole bfloat16 buffer (convert, update, convert back) for an update of one slot.
