@@ -156,8 +156,10 @@ def llama_cpp(weights: str, threads: int) -> tuple[str, Run]:
     }
     models = {
         "plain": lib.Llama(**options),
-        # Its documentation: 2 for machines without a GPU; more was slower on other prompts, too.
-        "lookup": lib.Llama(**options, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4)),
+        # Scores of every position are what its lookup reads.
+        "lookup": lib.Llama(
+            **options, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4), logits_all=True
+        ),
     }
 
     def answer(request: dict[str, Any]) -> Answer:

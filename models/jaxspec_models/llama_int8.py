@@ -6,8 +6,9 @@ norm's weight and larger in the product's, which changes nothing in exact arithm
 (SmoothQuant, arXiv 2211.10438). What is large is found by one forward over random tokens: on
 SmolLM2-135M they serve as well as text does (see `benchmarks/README.md`).
 
-`qwix` was tried first and does not serve: its products keep the [in, out] layout and one row for
-one token, both of which leave the CPU backend's fast path (`benchmarks/README.md` has the figures).
+`qwix` (0.1.8) was tried first and does not serve: its products keep the [in, out] layout, and one
+row for one token, and leave the CPU backend's fast path (576 × 3072, two rows: 612 µs against 184;
+one row: 3.5 ms against 182 µs).
 """
 
 from __future__ import annotations
