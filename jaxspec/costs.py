@@ -103,9 +103,15 @@ def measure_costs(
       >>> profile.verify.shape
       (3,)
     """
-    for name, count in (("batch", batch), ("context_length", context_length),
-                        ("num_rounds", num_rounds), ("repeats", repeats)):  # fmt: skip
-        if not isinstance(count, int) or count < 1:
+    counts = {
+        "batch": batch,
+        "num_draft_tokens": num_draft_tokens,
+        "context_length": context_length,
+        "num_rounds": num_rounds,
+        "repeats": repeats,
+    }
+    for name, count in counts.items():
+        if not isinstance(count, (int, np.integer)) or count < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
     prepared = arguments.prepare(
         target,

@@ -319,7 +319,10 @@ def _judge(
         for i, width in enumerate(widths):
 
             def judge(_: Any, judged: _Judged, width: int = width) -> _Judged:
-                return at_width(judged.cache, draft, is_active, width=width)
+                # Tied to the loop: XLA would hoist what needs no cache, and do it for every width.
+                tied, _ = lax.optimization_barrier((draft.tokens, judged.num_finite))
+                fed = draft._replace(tokens=tied)
+                return at_width(judged.cache, fed, is_active, width=width)
 
             judged = lax.fori_loop(0, (chosen == i).astype(jnp.int32), judge, judged)
         return judged

@@ -84,7 +84,7 @@ def keep_compiled_programs() -> None:
     A later start with the same model and options then loads them. Whoever set
     JAX_COMPILATION_CACHE_DIR decides for himself.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     from jaxspec_models.cache import cache_dir
 

@@ -175,11 +175,10 @@ class ModelDrafter:
     def _catch_up(self, state: ModelState, context: Context, is_open: Array) -> tuple[Cache, Array]:
         """Feeds rows that lag whole chunks of their text.
 
-        The other rows' chunks lie inside the buffer, too: what they write again, they had
-        written from the same tokens, and what they write behind that is garbage.
+        The other rows are fed their beginning once more: a chunk behind their text might not fit,
+        and would be shifted over what is valid. They write what they had written.
         """
-        last = context.tokens.shape[1] - _CATCH_UP
-        if last < 0:
+        if context.tokens.shape[1] < _CATCH_UP:
             return state.cache, state.num_cached
 
         def lags(num_cached: Array) -> Array:  # the pending token is left to the first step
@@ -188,7 +187,7 @@ class ModelDrafter:
         def feed(carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
             cache, num_cached = carry
             num_new = jnp.where(lags(num_cached), _CATCH_UP, 0)
-            start = jnp.minimum(num_cached, last)
+            start = jnp.where(lags(num_cached), num_cached, 0)
             tokens = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (_CATCH_UP,)))(
                 context.tokens, start
             )

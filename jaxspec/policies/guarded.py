@@ -143,10 +143,14 @@ def guarded(
         )
     numbers = (break_even, allowance, pause, longest_pause)
     if all(isinstance(x, (int, float)) for x in numbers) and not (
-        break_even > 0 and allowance > 0 and 1 <= pause <= longest_pause < 2**30
+        break_even > 0
+        and allowance > 0
+        and 1 <= pause <= longest_pause < 2**30
+        and pause == int(pause)
+        and longest_pause == int(longest_pause)
     ):
         raise ValueError(
-            "guarded needs break_even > 0, allowance > 0 and 1 ≤ pause ≤ longest_pause, got "
+            "guarded needs break_even > 0, allowance > 0 and whole 1 ≤ pause ≤ longest_pause, got "
             f"break_even={break_even}, allowance={allowance}, pause={pause} and "
             f"longest_pause={longest_pause}."
         )
