@@ -126,6 +126,10 @@ def guarded(
     Raises:
       ValueError: `policy` is no policy, `profile` no `Profile`, or a Python number is out of range.
 
+    References:
+      Liu et al., Optimizing Speculative Decoding for Serving LLMs Using Goodput, arXiv 2406.14066,
+      which switches speculation off where its predicted goodput is below plain decoding's.
+
     Example:
       >>> from jaxspec import policies
       >>> policy = guarded(policies.fixed(4))

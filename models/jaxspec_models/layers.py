@@ -4,8 +4,8 @@ Two rules hold throughout, both measured (see `benchmarks/README.md`):
 
 - **Arithmetic does not depend on the width or the batch.** On the CPU reductions over fewer than
   eight rows take other code paths, with other roundings: they are padded where they happen
-  (`reduce_rows`, attention). Products are the same from two rows on, and elementwise work always;
-  so a text's logits are bit-equal at any width, and nothing but reductions pays for padding.
+  (`reduce_rows`, attention). Everything else is the same from two rows on (`padded_width`), so a
+  text's logits are bit-equal at any width, and nothing but reductions pays for padding.
 - **The cache is never copied.** It is written by `dynamic_update_slice` and read in blocks up to
   the live length; bfloat16 is kept as its bits in uint16, because the CPU backend rewrites a
   whole bfloat16 buffer (convert, update, convert back) for an update of one slot.
@@ -30,7 +30,8 @@ Array: TypeAlias = jax.Array
 MIN_ROWS = 8
 """Rows that norms, attention and everything else that sums is padded to."""
 MIN_PRODUCT_ROWS = 2
-"""Rows that products are padded to: one row leaves the fast path of the CPU backend."""
+"""Rows that a model is padded to: one row leaves the fast path of the CPU backend's products, and
+elementwise work on it is fused, and so rounded, in other ways."""
 KV_BLOCK = 256
 """Slots that attention reads at a time on the CPU."""
 
@@ -47,6 +48,16 @@ class WeightConfig(Protocol):
     def quantization(self) -> str | None:
         """None or "int8"."""
         ...
+
+
+def padded_width(batch: int, width: int) -> int:
+    """The tokens a row is padded to, so that a batch has at least `MIN_PRODUCT_ROWS` rows.
+
+    Example:
+      >>> padded_width(batch=1, width=1), padded_width(batch=4, width=1)
+      (2, 1)
+    """
+    return max(width, -(-MIN_PRODUCT_ROWS // batch))
 
 
 def pad_axis(x: Array, axis: int, size: int) -> Array:
@@ -281,12 +292,14 @@ class Visibility:
       mask: bool[B, T, W] for the slots prefix … prefix + W, or None: causal from `start`.
       start: i32[B], the slot of the first new token.
       live: i32[], slots at or beyond it need not be read for any row.
+      width: T; rows beyond it are padding, whose keys and values are not stored (static).
     """
 
     prefix: Array
     mask: Array | None
     start: Array
     live: Array
+    width: int = pytree.static()
 
     def at(self, slots: Array, num_rows: int) -> Array:
         """Whether token t of row b sees each of `slots` i32[S]: bool[B, num_rows, S]."""

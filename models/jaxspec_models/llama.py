@@ -200,7 +200,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
         dtype = jnp.dtype(config.dtype)
-        k, v = layers.storable(k, v, dtype)
+        k, v = layers.storable(k[:, : visibility.width], v[:, : visibility.width], dtype)
         keys = layers.write_slots(keys, k, visibility.start)
         values = layers.write_slots(values, v, visibility.start)
         mixed = layers.attention(q, keys, values, visibility, dtype=dtype)
@@ -291,16 +291,20 @@ class Llama(nnx.Module):
         if positions is None:
             positions = start[:, None] + jnp.arange(width)[None]
         fed = start + width if num_new is None else jnp.where(num_new > 0, start + num_new, 0)
+        num_rows = layers.padded_width(batch, width)
         if mask is not None:
             mask = mask if mask.ndim == 3 else mask[None]
             mask = jnp.broadcast_to(mask, (batch, width, mask.shape[-1]))
+            mask = layers.pad_axis(mask, 1, num_rows)
         visibility = layers.Visibility(
             prefix=start if prefix is None else prefix,
             mask=mask,
             start=start,
             live=jnp.max(fed),
+            width=width,
         )
-        cos, sin = rotary_tables(config, positions)
+        tokens = layers.pad_axis(tokens, 1, num_rows)
+        cos, sin = rotary_tables(config, layers.pad_axis(positions, 1, num_rows))
 
         x = self.embed(tokens)
         hidden = [x]
@@ -319,10 +323,12 @@ class Llama(nnx.Module):
                 return jaxspec.ModelOutput(logits), cache
         x = hidden[-1] = self.norm(x)
         if logits_at is None or logits_at.shape[1] > 0:
-            if logits_at is not None:
+            if logits_at is None:
+                x = x[:, :width]
+            else:
                 x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
             logits = (self.embed if config.tie_word_embeddings else self.head).product(x)
-        kept = tuple(hidden[i] for i in hidden_layers)
+        kept = tuple(hidden[i][:, :width] for i in hidden_layers)
         return jaxspec.ModelOutput(logits, kept), cache
 
 

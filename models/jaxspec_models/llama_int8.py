@@ -93,7 +93,11 @@ def input_ranges(config: llama.LlamaConfig, params: Any) -> tuple[list[list[Arra
     start = jnp.zeros((1,), jnp.int32)
     cos, sin = llama.rotary_tables(config, jnp.arange(count, dtype=jnp.int32)[None])
     visibility = layers.Visibility(
-        prefix=start, mask=None, start=start, live=jnp.asarray(count, jnp.int32)
+        prefix=start,
+        mask=None,
+        start=start,
+        live=jnp.asarray(count, jnp.int32),
+        width=count,
     )
     cache = llama.language_model(
         dataclasses.replace(config, num_hidden_layers=1), params

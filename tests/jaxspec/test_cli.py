@@ -347,7 +347,7 @@ def test_no_drafter_changes_greedy_text(models, ask):
 def test_sampling_options_reach_generate(ask, monkeypatch):
     model = table_model(2.0 * jax.random.normal(jax.random.key(0), (257, 257)))
     tokenizer = TextTokenizer(byte_tokenizer())
-    monkeypatch.setattr(jaxspec_models, "load_model", lambda name, dtype: model)
+    monkeypatch.setattr(jaxspec_models, "load_model", lambda name, dtype, quantization: model)
     monkeypatch.setattr(jaxspec_models, "load_tokenizer", lambda name: tokenizer)
     options = {
         "temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3,
@@ -471,7 +471,9 @@ def test_a_planted_half_character_is_seen(monkeypatch):
 def test_a_terminal_without_the_character_gets_a_question_mark(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
-    monkeypatch.setattr(jaxspec_models, "load_model", lambda name, dtype: spelling_model())
+    monkeypatch.setattr(
+        jaxspec_models, "load_model", lambda name, dtype, quantization: spelling_model()
+    )
     tokenizer = TextTokenizer(byte_tokenizer())
     monkeypatch.setattr(jaxspec_models, "load_tokenizer", lambda name: tokenizer)
     assert main(["generate", "--prompt", "!", "--max-new-tokens", "9"]) == 0
