@@ -382,6 +382,9 @@ def _judge_at_width(
     emitted_log_probs = jnp.take_along_axis(scores.report, emitted[:, :, None], axis=2)[:, :, 0]
 
     zeros = stats.zero_probabilities(draft, scores.log_probs)
+    is_fallback = verdict.is_fallback
+    if is_fallback is None:  # which may differ from width to width
+        is_fallback = jnp.zeros(is_active.shape, bool)
 
     def widen(x: Array, fill: Any = 0) -> Array:
         missing = [(0, 0)] * x.ndim
@@ -392,7 +395,9 @@ def _judge_at_width(
         cache=cache,
         draft=whole._replace(length=draft.length),
         verdict=verdict._replace(
-            tokens=widen(tokens, NO_TOKEN), num_accepted=verdict.num_accepted.astype(jnp.int32)
+            tokens=widen(tokens, NO_TOKEN),
+            num_accepted=verdict.num_accepted.astype(jnp.int32),
+            is_fallback=is_fallback,
         ),
         num_finite=num_finite,
         emitted_log_probs=widen(emitted_log_probs),
