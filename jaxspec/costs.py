@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxspec import arguments, loop, policies, pytree
+from jaxspec import arguments, loop, policies, programs, pytree
 from jaxspec.generate import prefill, run
 from jaxspec.profile import Profile
 from jaxspec.sampling import Sampling
@@ -183,8 +183,7 @@ def _medians(parts: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _forwards(target: LanguageModel, cache: Any, start: Array, count: Array | int) -> Any:
+def _compute_forwards(target: LanguageModel, cache: Any, start: Array, count: Array | int) -> Any:
     """Target forwards over one token of every row, each fed what the one before found."""
 
     def forward(index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
@@ -195,3 +194,6 @@ def _forwards(target: LanguageModel, cache: Any, start: Array, count: Array | in
         return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), cache
 
     return lax.fori_loop(0, count, forward, (jnp.zeros((start.size, 1), jnp.int32), cache))
+
+
+_forwards = programs.Program(_compute_forwards, donate_argnames="cache")

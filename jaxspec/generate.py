@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import arguments, loop, pytree
+from jaxspec import arguments, loop, programs, pytree
 from jaxspec.sampling import Sampling
 from jaxspec.stats import Stats
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
@@ -42,8 +42,8 @@ class Generation:
 
 
 # One program serves `generate` (no limit) and `stream` (one round at a time).
-prefill = jax.jit(loop.prefill, static_argnames="max_new_tokens")
-run = jax.jit(loop.run, donate_argnames="state")
+prefill = programs.Program(loop.prefill, static_argnames="max_new_tokens")
+run = programs.Program(loop.run, donate_argnames="state")
 
 
 @functools.partial(jax.jit, static_argnames="pad_id")

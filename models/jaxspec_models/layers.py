@@ -95,13 +95,17 @@ def product(x: Array, weight: Array, scale: Array | None = None) -> Array:
     count = rows.shape[0]
     if count < MIN_PRODUCT_ROWS:
         rows = pad_axis(rows, 0, MIN_PRODUCT_ROWS)
-    contract = functools.partial(lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())))
     if scale is None:
-        y = contract(rows.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+        y = lax.dot_general(
+            rows.astype(weight.dtype),
+            weight,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
     else:
         largest = reduce_rows(functools.partial(jnp.max, axis=-1), jnp.abs(rows))
         steps, step = quantization.quantize_rows(rows, largest)
-        y = contract(steps, weight, preferred_element_type=jnp.int32).astype(jnp.float32)
+        y = quantization.product(steps, weight).astype(jnp.float32)
         y = y * (step[:, None] * scale[None])
     return y[:count].reshape(*x.shape[:-1], weight.shape[0])
 

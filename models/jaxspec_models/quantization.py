@@ -12,10 +12,13 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Array: TypeAlias = jax.Array
 
 KINDS = ("int8",)
+MAX_SUMMED_ROWS = 5
+"""Rows up to which the CPU sums products itself; beyond, the backend's matrix kernel is faster."""
 _STEPS = 127
 
 
@@ -41,3 +44,54 @@ def quantize_rows(x: Array, largest: Array | None = None) -> tuple[Array, Array]
         largest = jnp.max(jnp.abs(x), axis=-1)
     per_step = _STEPS / jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
     return jnp.round(x * per_step[..., None]).astype(jnp.int8), largest / _STEPS
+
+
+def product(steps: Array, weight: Array) -> Array:
+    """`steps @ weight.T` in whole numbers: exact, whichever way it is computed.
+
+    Args:
+      steps: int8[N, I].
+      weight: int8[O, I].
+
+    Returns:
+      i32[N, O].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> product(jnp.array([[1, -2]], jnp.int8), jnp.array([[3, 4], [5, 6]], jnp.int8)).tolist()
+      [[-5, -7]]
+    """
+    if not 1 < steps.shape[0] <= MAX_SUMMED_ROWS:
+        return _matrix_product(steps, weight)
+    return lax.platform_dependent(steps, weight, cpu=_sum_products, default=_matrix_product)
+
+
+def _matrix_product(steps: Array, weight: Array) -> Array:
+    return lax.dot_general(
+        steps, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+
+
+def _sum_products(steps: Array, weight: Array) -> Array:
+    """The product of a few rows as one pass over the weight, at the speed of the memory.
+
+    The backend's matrix kernel reads int8 weights at less than half the memory's bandwidth,
+    however few the rows are. A reduction with one operand for each row becomes one loop over the
+    weight instead, which is vectorised; a reduction with a single operand would be split up and
+    its products written out first. See `benchmarks/README.md`.
+    """
+    num_rows = steps.shape[0]
+    # A gather is not fused into the loop, and so ends what is; otherwise the rounding of the rows
+    # would be done again for every output.
+    rows = lax.optimization_barrier(jnp.arange(num_rows))
+    steps = steps.astype(jnp.int32).at[rows].get(mode="promise_in_bounds", unique_indices=True)
+    # Tied to the rows, the cast of the weight cannot be hoisted out of a decoding loop.
+    weight, steps = lax.optimization_barrier((weight, steps))
+    products = [weight.astype(jnp.int32) * steps[row][None] for row in range(num_rows)]
+    sums = lax.reduce(
+        products,
+        [jnp.zeros((), jnp.int32)] * num_rows,
+        lambda totals, terms: [a + b for a, b in zip(totals, terms, strict=True)],
+        (1,),
+    )
+    return jnp.stack(sums)

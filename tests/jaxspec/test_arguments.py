@@ -202,7 +202,11 @@ def test_leading_pad_ids_that_are_tokens():
 
 def test_lengths_in_one_bucket_share_every_program():
     prompt = np.random.default_rng(0).integers(V, size=65).tolist()
-    count = lambda: [p._cache_size() for p in (programs.prefill, programs.run, programs.result)]  # noqa: E731
+
+    def count():
+        compiled = [program.num_compiled() for program in (programs.prefill, programs.run)]
+        return [*compiled, programs.result._cache_size()]
+
     settings = {"drafter": drafters.prompt_lookup(), "key": key(), "sampling": Sampling()}
     TRACES.clear()
     tokens_of([prompt[:33]], **settings)

@@ -125,7 +125,7 @@ def test_stream_is_generate_and_compiles_nothing_new():
     generation = jaxspec.generate(_model(), _PROMPTS, key=jax.random.key(1), **arguments)
     from jaxspec.generate import prefill, run
 
-    sizes = prefill._cache_size(), run._cache_size()
+    sizes = prefill.num_compiled(), run.num_compiled()
     rows = {0: [], 1: []}
     streamed = jaxspec.stream(_model(), _PROMPTS, key=jax.random.key(1), **arguments)
     while True:
@@ -137,7 +137,7 @@ def test_stream_is_generate_and_compiles_nothing_new():
         assert ids.dtype == np.int32
         assert ids.size >= 1
         rows[row].extend(ids.tolist())
-    assert (prefill._cache_size(), run._cache_size()) == sizes
+    assert (prefill.num_compiled(), run.num_compiled()) == sizes
     _equal(result, generation)
     for row, ids in rows.items():
         assert ids == generation.tokens[row, : generation.lengths[row]].tolist()

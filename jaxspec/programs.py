@@ -1,0 +1,41 @@
+"""How the library's outermost programs are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# The CPU backend keeps to vectors of 256 bits by itself; products over int8 weights are up to a
+# third faster with 512 where the processor has them, and no result changes. Other backends do not
+# read the option.
+_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+
+
+class Program:
+    """`jax.jit(function)`, with the options of the CPU where nothing is being traced around it.
+
+    JAX takes compiler options for the outermost program only, so within a caller's own `jit` that
+    program's options count.
+
+    Example:
+      >>> import jax
+      >>> double = Program(lambda x: 2 * x)
+      >>> double(3).item(), jax.jit(double)(3).item()
+      (6, 6)
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self.nested = jax.jit(function, **options)
+        self.outermost = jax.jit(function, compiler_options=_CPU_OPTIONS, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+        uses_cpu = jax.default_backend() == "cpu"
+        return (self.outermost if uses_cpu and not is_traced else self.nested)(*args, **kwargs)
+
+    def num_compiled(self) -> int:
+        """Programs traced so far."""
+        return self.nested._cache_size() + self.outermost._cache_size()
