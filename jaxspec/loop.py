@@ -193,7 +193,7 @@ def prefill(engine: Engine, request: Request, prompts: Array, *, max_new_tokens:
 
     size = token_buffer_length(max_prompt, max_new_tokens, engine.num_draft_tokens)
     tokens = jnp.pad(prompts, ((0, 0), (0, size - max_prompt)))
-    return State(
+    state = State(
         lengths=request.prompt_lengths,
         status=jnp.full((batch,), status.RUNNING, jnp.int32),
         num_rounds=jnp.zeros((batch,), jnp.int32),
@@ -207,6 +207,21 @@ def prefill(engine: Engine, request: Request, prompts: Array, *, max_new_tokens:
         cache=cache,
         drafter=drafter_state,
     )
+    return _with_strong_types(state)
+
+
+def _with_strong_types(state: State) -> State:
+    """Whatever policies and drafters return, a state fits the program that it came from.
+
+    A weakly typed array (`jnp.where(x, 1.0, 0.0)`) is another type to `jit`, which would compile
+    the loop anew for the second round of a stream.
+    """
+
+    def harden(x: Any) -> Any:
+        return lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
+
+    policy, drafter = jax.tree.map(harden, (state.policy, state.drafter))
+    return state._replace(policy=policy, drafter=drafter)
 
 
 def run(engine: Engine, request: Request, state: State, limit: Array | int) -> State:
@@ -233,20 +248,22 @@ def run(engine: Engine, request: Request, state: State, limit: Array | int) -> S
         rounds, state = carry
         return rounds + 1, one_round(engine, request, state)
 
-    return lax.while_loop(goes_on, step, (jnp.int32(0), state))[1]
+    return _with_strong_types(lax.while_loop(goes_on, step, (jnp.int32(0), state))[1])
 
 
 def verification_widths(num_draft_tokens: int) -> tuple[int, ...]:
     """The numbers of tokens that a target forward is compiled for on the CPU, rising.
 
     A round runs at the narrowest one that holds the pending token and the longest draft: nobody
-    pays for drafts that do not exist. Each width costs compile time.
+    pays for drafts that do not exist. Two drafts cost almost nothing there and bring most of what
+    speculation brings where drafts are seldom right (see `benchmarks/README.md`). Each width
+    costs compile time.
 
     Example:
-      >>> [verification_widths(k) for k in (0, 4, 10)]
-      [(1,), (1, 5), (1, 5, 11)]
+      >>> [verification_widths(k) for k in (0, 2, 4, 10)]
+      [(1,), (1, 3), (1, 5), (1, 3, 11)]
     """
-    widths = (1, 5) if num_draft_tokens >= 8 else (1,)
+    widths = (1, 3) if num_draft_tokens > 4 else (1,)
     return (*(w for w in widths if w <= num_draft_tokens), num_draft_tokens + 1)
 
 

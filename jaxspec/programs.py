@@ -28,10 +28,11 @@ class Program:
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
-        self.nested = jax.jit(function, **options)
-        self.outermost = jax.jit(function, compiler_options=_CPU_OPTIONS, **options)
+        self.nested: Any = jax.jit(function, **options)
+        self.outermost: Any = jax.jit(function, compiler_options=_CPU_OPTIONS, **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function, compiled."""
         is_traced = isinstance(jnp.zeros(()), jax.core.Tracer)
         uses_cpu = jax.default_backend() == "cpu"
         return (self.outermost if uses_cpu and not is_traced else self.nested)(*args, **kwargs)

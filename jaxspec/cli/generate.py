@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxspec
 from jaxspec.cli import running
 from jaxspec.cli.errors import UserError
+from jaxspec.loop import verification_widths
+from jaxspec.types import Policy
 
-_NUM_LOOKED_UP = 7
+_NUM_LOOKED_UP = {None: 4, "int8": 2}  # as far as verifying costs almost nothing
 _NUM_DRAFTED = 4
+_COSTS = {
+    None: ((1, 5, 8, 11), (1.0, 1.06, 1.1, 1.2)),
+    "int8": ((1, 3, 5, 8, 11), (1.0, 1.13, 1.55, 2.2, 2.7)),
+}
+"""Tokens of a target forward, and its time over that of one token's, by quantisation: measured on
+2 cores with smollm2-135m (benchmarks/README.md). `jaxspec.measure_costs` takes half a minute."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,11 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     prompt_ids = running.encode(tokenizer, prompt, is_chat=arguments.chat)
     target = running.load_model(arguments.model, arguments.dtype, arguments.quantization)
     num_draft_tokens = arguments.num_draft_tokens or (
-        _NUM_DRAFTED if arguments.draft else _NUM_LOOKED_UP
+        _NUM_DRAFTED if arguments.draft else _NUM_LOOKED_UP[arguments.quantization]
     )
     options: dict[str, Any] = {
         "drafter": _drafter(arguments),
-        "policy": jaxspec.policies.guarded(jaxspec.policies.fixed(num_draft_tokens)),
+        "policy": _policy(arguments, num_draft_tokens),
         "sampling": sampling_options(arguments),
         "max_new_tokens": arguments.max_new_tokens,
         "num_draft_tokens": num_draft_tokens,
@@ -114,6 +123,21 @@ def _drafter(arguments: argparse.Namespace) -> Any:
         draft = running.load_model(arguments.draft, arguments.dtype, arguments.quantization)
         return jaxspec.drafters.model(draft)
     return None if arguments.drafter == "none" else jaxspec.drafters.prompt_lookup()
+
+
+def _policy(arguments: argparse.Namespace, num_draft_tokens: int) -> Policy:
+    """Of text that is looked up, as much as pays; a model's drafts always, while they pay."""
+    if arguments.draft is not None:
+        return jaxspec.policies.guarded(jaxspec.policies.fixed(num_draft_tokens))
+    tokens, seconds = _COSTS[arguments.quantization]
+    widths = verification_widths(num_draft_tokens)
+    paid = [min(w for w in widths if w > length) for length in range(num_draft_tokens + 1)]
+    profile = jaxspec.Profile(
+        verify=jnp.asarray(np.interp(paid, tokens, seconds), jnp.float32),
+        draft=jnp.float32(0.005),
+        overhead=jnp.float32(0.03),
+    )
+    return jaxspec.policies.guarded(jaxspec.policies.goodput(profile))
 
 
 def sampling_options(arguments: argparse.Namespace) -> jaxspec.Sampling:

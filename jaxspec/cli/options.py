@@ -137,7 +137,7 @@ def _add_generate(commands: Any) -> None:
         help="what proposes tokens without a model of its own: text that stands in the prompt or "
         "the output already, or nothing (default: %(default)s)",
     )
-    _add_num_draft_tokens(models, "7, or 4 with --draft")
+    _add_num_draft_tokens(models, "4, or 2 with --quantization int8 and no --draft")
     _add_dtype(models)
 
     prompt = parser.add_argument_group("prompt")

@@ -83,7 +83,7 @@ class Goodput:
         return GoodputState(
             accepted=jnp.where(took_part, accepted, state.accepted),
             rejected=jnp.where(took_part, rejected, state.rejected),
-            weight=jnp.where(took_part, 1.0, 0.0),
+            weight=took_part.astype(jnp.float32),
         )
 
 

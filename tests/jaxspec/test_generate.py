@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxspec
-from jaxspec import drafters, policies, verifiers
+from jaxspec import drafters, policies, pytree, verifiers
 from jaxspec.testing import random_logits, table_model
 
 _LOGITS = random_logits(3, vocab_size=6, order=2)
@@ -120,8 +120,41 @@ def test_one_trace_a_shape():
     assert _Traces.count == grown
 
 
-def test_stream_is_generate_and_compiles_nothing_new():
-    arguments = {"drafter": drafters.model(_model(4)), "max_new_tokens": 11, "eos_ids": (4,)}
+@pytree.dataclass
+class _Weak:
+    """A policy whose state is weakly typed from its first round on."""
+
+    length: int = pytree.static()
+
+    def num_draft(self, state):
+        return jnp.full(state.shape, self.length, jnp.int32)
+
+    def keep_drafting(self, state, signals):
+        return jnp.ones(state.shape, bool)
+
+    def init(self, batch):
+        return jnp.ones((batch,), jnp.float32)
+
+    def update(self, state, outcome):
+        return jnp.where(state > 0, 2.0, 1.0)
+
+
+_PROFILE = jaxspec.Profile(jnp.linspace(1.0, 1.4, 5), jnp.float32(0.1), jnp.float32(0.1))
+_STREAMED = {
+    "fixed": lambda: policies.fixed(4),
+    "heuristic": lambda: policies.heuristic(2),
+    "goodput": lambda: policies.goodput(_PROFILE),
+    "guarded": lambda: policies.guarded(policies.goodput(_PROFILE)),
+    "weak": lambda: _Weak(2),
+}
+
+
+@pytest.mark.parametrize("policy", _STREAMED)
+def test_stream_is_generate_and_compiles_nothing_new(policy):
+    arguments = {
+        "drafter": drafters.model(_model(4)), "max_new_tokens": 11, "eos_ids": (4,),
+        "policy": _STREAMED[policy](),
+    }  # fmt: skip
     generation = jaxspec.generate(_model(), _PROMPTS, key=jax.random.key(1), **arguments)
     from jaxspec.generate import prefill, run
 
