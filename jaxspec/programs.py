@@ -38,5 +38,5 @@ class Program:
         return (self.outermost if uses_cpu and not is_traced else self.nested)(*args, **kwargs)
 
     def num_compiled(self) -> int:
-        """Programs traced so far."""
+        """Outermost programs compiled so far."""
         return self.nested._cache_size() + self.outermost._cache_size()

@@ -84,7 +84,9 @@ def _sum_products(steps: Array, weight: Array) -> Array:
     # A gather is not fused into the loop, and so ends what is; otherwise the rounding of the rows
     # would be done again for every output.
     rows = lax.optimization_barrier(jnp.arange(num_rows))
-    steps = steps.astype(jnp.int32).at[rows].get(mode="promise_in_bounds", unique_indices=True)
+    steps = (
+        jnp.asarray(steps, jnp.int32).at[rows].get(mode="promise_in_bounds", unique_indices=True)
+    )
     # Tied to the rows, the cast of the weight cannot be hoisted out of a decoding loop.
     weight, steps = lax.optimization_barrier((weight, steps))
     products = [weight.astype(jnp.int32) * steps[row][None] for row in range(num_rows)]

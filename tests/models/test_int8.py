@@ -79,6 +79,52 @@ def test_product_is_exact_in_integers():
     np.testing.assert_allclose(layers.product(x, weight, scale), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rows", range(1, quantization.MAX_SUMMED_ROWS + 3))
+@pytest.mark.parametrize("num_in", [1, 2, 33, 1536])
+def test_the_integer_product_at_its_extremes(rows, num_in):
+    """Both ways of computing it, the largest sums included; beside each other also in a loop."""
+    rng = np.random.default_rng(rows)
+    weight = rng.integers(-127, 128, (7, num_in)).astype(np.int8)
+    weight[0], weight[1] = 127, -127
+    steps = rng.integers(-127, 128, (rows, num_in)).astype(np.int8)
+    steps[0] = 127
+    expected = steps.astype(np.int64) @ weight.astype(np.int64).T
+    np.testing.assert_array_equal(quantization.product(steps, weight), expected)
+
+    @jax.jit
+    def repeat(steps, weight, count):
+        def add(_, total):
+            return total + quantization.product(steps, weight)
+
+        return jax.lax.fori_loop(0, count, add, jnp.zeros((rows, 7), jnp.int32))
+
+    np.testing.assert_array_equal(repeat(steps, weight, 3), 3 * expected)
+
+
+def _temporary_bytes(module, rows, *, size=1024):
+    """Of a loop over one product, where a widened weight would be four times its size."""
+
+    def repeat(steps, weight, count):
+        def step(_, steps):
+            return module.product(steps, weight).astype(jnp.int8)
+
+        return jax.lax.fori_loop(0, count, step, steps)
+
+    steps, weight = jnp.ones((rows, size), jnp.int8), jnp.ones((size, size), jnp.int8)
+    compiled = jax.jit(repeat).lower(steps, weight, 3).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / weight.nbytes
+
+
+def test_the_weight_is_neither_widened_nor_copied():
+    for rows in (2, 5):
+        assert _temporary_bytes(quantization, rows) < 0.1
+    hoisted = mutant(
+        "jaxspec_models.quantization",
+        ("weight, steps = lax.optimization_barrier((weight, steps))", "pass"),
+    )
+    assert _temporary_bytes(hoisted, 2) > 3
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 20])
 def test_a_row_does_not_depend_on_its_neighbours(rows):
     rng = np.random.default_rng(1)
