@@ -308,7 +308,7 @@ def test_json_is_what_generate_returns(models, ask):
         "mean_acceptance_length", "tokens_per_step", "acceptance_histogram",
     }  # fmt: skip
     histogram = stats["acceptance_histogram"]
-    assert len(histogram) == 8  # seven drafts at most
+    assert len(histogram) == 5  # four drafts at most
     assert sum(histogram) == stats["num_spec_steps"]
     assert sum(i * n for i, n in enumerate(histogram)) == stats["num_accepted_draft_tokens"]
     assert stats["tokens_per_step"] == pytest.approx(12 / stats["num_spec_steps"])
@@ -360,7 +360,7 @@ def test_sampling_options_reach_generate(ask, monkeypatch):
         sampling=jaxspec.Sampling(**options),
         drafter=jaxspec.drafters.prompt_lookup(),
         max_new_tokens=12,
-        num_draft_tokens=7,
+        num_draft_tokens=4,
         key=jax.random.key(5),
     )
     assert report["token_ids"] == expected.tokens[0].tolist()

@@ -301,8 +301,8 @@ _MUTANTS = {
     ),
     "block's uniforms keyed by position": (
         _BLOCK._replace(drafter="own sampling"), ["temperature", "repetition penalty"], _in_loop(
-            ("keys = _keys(request.keys, state.num_rounds, _VERIFY, engine.num_draft_tokens + 1)",
-             "keys = _noise_keys(request.keys, state.lengths, engine.num_draft_tokens + 1)")),
+            ("keys = _keys(request.keys, state.num_rounds, _VERIFY, width)",
+             "keys = _noise_keys(request.keys, state.lengths, width)")),
     ),
     "noise of match keyed by round": (
         _DISAGREE._replace(verifier="match"), ["temperature"],

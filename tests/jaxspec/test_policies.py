@@ -364,7 +364,7 @@ GOODPUT_BUGS = [
     # the prior weighs nothing
     ("self.prior * self.prior_drafts", "self.prior", check_choices),
     # a row that has stopped goes on weighing, or goes on forgetting
-    ("weight=jnp.where(took_part, 1.0, 0.0)", "weight=state.weight", check_rows_that_stopped),
+    ("weight=took_part.astype(jnp.float32)", "weight=state.weight", check_rows_that_stopped),
     (
         "accepted=jnp.where(took_part, accepted, state.accepted)",
         "accepted=accepted",

@@ -38,9 +38,9 @@ def compiled_parts(target, prompts, **kwargs):
 
     prepared = arguments.prepare(target, prompts, **kwargs)
     size = {"max_new_tokens": prepared.max_new_tokens}
-    lowered = prefill.lower(prepared.engine, prepared.request, prepared.prompts, **size)
+    lowered = prefill.outermost.lower(prepared.engine, prepared.request, prepared.prompts, **size)
     state = jax.eval_shape(
         functools.partial(prefill, **size), prepared.engine, prepared.request, prepared.prompts
     )
-    loop = run.lower(prepared.engine, prepared.request, state, -1)
+    loop = run.outermost.lower(prepared.engine, prepared.request, state, -1)
     return state, lowered.compile(), loop.compile()
