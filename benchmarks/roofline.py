@@ -25,7 +25,7 @@ import synthetic
 
 import jaxspec
 import jaxspec_models
-from jaxspec import arguments
+from jaxspec import arguments, loop, programs
 from jaxspec.generate import prefill, run
 from jaxspec_models import layers
 
@@ -94,8 +94,8 @@ def forward_seconds(model: jaxspec.LanguageModel, width: int, batch: int, repeat
     count = 4
     start = jnp.full((batch,), 100, jnp.int32)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def loop(model: jaxspec.LanguageModel, cache: Any) -> Any:
+    @functools.partial(programs.Program, donate_argnums=1)
+    def forwards(model: jaxspec.LanguageModel, cache: Any) -> Any:
         def body(_: Any, carry: Any) -> Any:
             tokens, cache = carry
             output, cache = model.forward(
@@ -109,7 +109,7 @@ def forward_seconds(model: jaxspec.LanguageModel, width: int, batch: int, repeat
     cache = [model.init_cache(batch, 256, 32)]
 
     def once() -> Any:
-        tokens, cache[0] = loop(model, cache[0])
+        tokens, cache[0] = forwards(model, cache[0])
         return tokens
 
     return seconds(once, repeats) / count
@@ -121,12 +121,12 @@ def prefill_seconds(model: jaxspec.LanguageModel, length: int, repeats: int) -> 
         model, [[1] * length], sampling=jaxspec.Sampling(temperature=0), max_new_tokens=1
     )
     # A function of its own each time: what is patched now must be traced now.
-    compute = jax.jit(lambda engine, request, prompts: _prefill(engine, request, prompts).cache)
+    compute = programs.Program(
+        lambda engine, request, prompts: (
+            loop.prefill(engine, request, prompts, max_new_tokens=1).cache
+        )
+    )
     return seconds(lambda: compute(prepared.engine, prepared.request, prepared.prompts), repeats)
-
-
-def _prefill(engine: Any, request: Any, prompts: Any) -> Any:
-    return prefill.__wrapped__(engine, request, prompts, max_new_tokens=1)
 
 
 def _no_attention(q: Any, *unused: Any, **also_unused: Any) -> Any:
