@@ -82,30 +82,16 @@ class FreeDrafter:
 
 
 @pytree.dataclass
-class UniformDrafter:
+class UniformDrafter(FreeDrafter):
     """Drafts tokens that have nothing to do with the text, each as likely as any other."""
 
     vocab_size: int = pytree.static()
-
-    hidden_layers: ClassVar[tuple[int, ...]] = ()
-
-    def init(self, batch: int, capacity: int) -> tuple[()]:
-        """Nothing."""
-        return ()
-
-    def prefill(self, state, tokens, hidden, start, num_new):
-        """Nothing to take in."""
-        return state
 
     def propose(self, keys, state, context, num_draft, keep_drafting):
         """Uniform draws and their law."""
         draw = jax.vmap(jax.vmap(lambda key: jax.random.randint(key, (), 0, self.vocab_size)))
         log_probs = jnp.full((*keys.shape, self.vocab_size), -math.log(self.vocab_size))
         return Draft(draw(keys), log_probs, num_draft), state
-
-    def commit(self, state, outcome):
-        """Nothing to remember."""
-        return state
 
 
 @pytree.dataclass

@@ -158,9 +158,7 @@ def measure_costs(
         draft = max(0.0, drafting - idling) / num_slots
     overhead = max(0.0, seconds[1] - seconds["forward"])
     verify = [
-        seconds[width] - (width - 1) * draft - overhead
-        for tokens in range(1, num_slots + 2)
-        for width in [min(w for w in widths if w >= tokens)]
+        seconds[width] - (width - 1) * draft - overhead for width in loop.paid_widths(num_slots)
     ]
     rising = np.maximum.accumulate(verify)  # noise must not make more tokens cheaper
     return Profile(*(jnp.asarray(x, jnp.float32) for x in (rising, draft, overhead)))

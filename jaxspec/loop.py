@@ -267,6 +267,17 @@ def verification_widths(num_draft_tokens: int) -> tuple[int, ...]:
     return (*(w for w in widths if w <= num_draft_tokens), num_draft_tokens + 1)
 
 
+def paid_widths(num_draft_tokens: int) -> list[int]:
+    """The width that a round whose longest draft has 0 … K tokens runs at, on the CPU.
+
+    Example:
+      >>> paid_widths(5)
+      [1, 3, 3, 6, 6, 6]
+    """
+    widths = verification_widths(num_draft_tokens)
+    return [min(w for w in widths if w > length) for length in range(num_draft_tokens + 1)]
+
+
 class _Judged(NamedTuple):
     """What a target forward and the verifier make of the drafts; K slots whatever the width."""
 

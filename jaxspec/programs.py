@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 
 # The CPU backend keeps to vectors of 256 bits by itself; products over int8 weights are up to a
-# third faster with 512 where the processor has them, and no result changes. Other backends do not
-# read the option.
+# third faster with 512 where the processor has them, and no result changes.
 _CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 
 
 class Program:
-    """`jax.jit(function)`, with the options of the CPU where nothing is being traced around it.
+    """`jax.jit(function)`, with the CPU's options where it is the default and nothing is traced.
 
     JAX takes compiler options for the outermost program only, so within a caller's own `jit` that
     program's options count.
@@ -38,5 +37,5 @@ class Program:
         return (self.outermost if uses_cpu and not is_traced else self.nested)(*args, **kwargs)
 
     def num_compiled(self) -> int:
-        """Outermost programs compiled so far."""
+        """Programs compiled so far, those of callers that it became part of apart."""
         return self.nested._cache_size() + self.outermost._cache_size()

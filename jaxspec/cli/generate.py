@@ -16,7 +16,7 @@ import numpy as np
 import jaxspec
 from jaxspec.cli import running
 from jaxspec.cli.errors import UserError
-from jaxspec.loop import verification_widths
+from jaxspec.loop import paid_widths
 from jaxspec.types import Policy
 
 _NUM_LOOKED_UP = {None: 4, "int8": 2}  # as far as verifying costs almost nothing
@@ -130,10 +130,8 @@ def _policy(arguments: argparse.Namespace, num_draft_tokens: int) -> Policy:
     if arguments.draft is not None:
         return jaxspec.policies.guarded(jaxspec.policies.fixed(num_draft_tokens))
     tokens, seconds = _COSTS[arguments.quantization]
-    widths = verification_widths(num_draft_tokens)
-    paid = [min(w for w in widths if w > length) for length in range(num_draft_tokens + 1)]
     profile = jaxspec.Profile(
-        verify=jnp.asarray(np.interp(paid, tokens, seconds), jnp.float32),
+        verify=jnp.asarray(np.interp(paid_widths(num_draft_tokens), tokens, seconds), jnp.float32),
         draft=jnp.float32(0.005),
         overhead=jnp.float32(0.03),
     )

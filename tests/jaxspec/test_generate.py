@@ -122,9 +122,10 @@ def test_one_trace_a_shape():
 
 @pytree.dataclass
 class _Weak:
-    """A policy whose state is weakly typed from its first round on."""
+    """A policy whose state is weakly typed before its first round, or from then on."""
 
     length: int = pytree.static()
+    at_first: bool = pytree.static()
 
     def num_draft(self, state):
         return jnp.full(state.shape, self.length, jnp.int32)
@@ -133,10 +134,12 @@ class _Weak:
         return jnp.ones(state.shape, bool)
 
     def init(self, batch):
-        return jnp.ones((batch,), jnp.float32)
+        state = jnp.where(jnp.ones((batch,), bool), 1.0, 0.0)
+        return state if self.at_first else state.astype(jnp.float32)
 
     def update(self, state, outcome):
-        return jnp.where(state > 0, 2.0, 1.0)
+        state = jnp.where(state > 0, 2.0, 1.0)
+        return state.astype(jnp.float32) if self.at_first else state
 
 
 _PROFILE = jaxspec.Profile(jnp.linspace(1.0, 1.4, 5), jnp.float32(0.1), jnp.float32(0.1))
@@ -145,7 +148,8 @@ _STREAMED = {
     "heuristic": lambda: policies.heuristic(2),
     "goodput": lambda: policies.goodput(_PROFILE),
     "guarded": lambda: policies.guarded(policies.goodput(_PROFILE)),
-    "weak": lambda: _Weak(2),
+    "weak at first": lambda: _Weak(2, True),
+    "weak later": lambda: _Weak(2, False),
 }
 
 

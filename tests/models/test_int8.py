@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -123,6 +124,30 @@ def test_the_weight_is_neither_widened_nor_copied():
         ("weight, steps = lax.optimization_barrier((weight, steps))", "pass"),
     )
     assert _temporary_bytes(hoisted, 2) > 3
+
+
+def _loops_that_round_and_sum(module):
+    """Computations of the compiled product in which the rows are rounded for each output anew."""
+
+    def product(x, weight):
+        return module.product(module.quantize_rows(x)[0], weight)
+
+    x, weight = jnp.ones((3, 64)), jnp.ones((24, 64), jnp.int8)
+    text = jax.jit(product).lower(x, weight).compile().as_text()
+    bodies = [
+        body for body in text.split("\n\n") if re.search(r" reduce\(.*s32|s32.* reduce\(", body)
+    ]
+    assert bodies
+    return [body for body in bodies if "round-nearest-even(" in body]
+
+
+def test_rows_are_rounded_once():
+    assert not _loops_that_round_and_sum(quantization)
+    fused = mutant(
+        "jaxspec_models.quantization",
+        ('.at[rows].get(mode="promise_in_bounds", unique_indices=True)', ""),
+    )
+    assert _loops_that_round_and_sum(fused)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 20])
