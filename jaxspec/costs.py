@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxspec import arguments, loop, policies, programs, pytree
+from jaxspec import arguments, drawing, loop, policies, programs, pytree
 from jaxspec.generate import prefill, run
 from jaxspec.profile import Profile
 from jaxspec.sampling import Sampling
@@ -189,7 +189,7 @@ def _compute_forwards(target: LanguageModel, cache: Any, start: Array, count: Ar
         output, cache = target.forward(
             tokens, cache, start=start + index, num_new=jnp.ones_like(start)
         )
-        return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), cache
+        return jax.vmap(jax.vmap(drawing.argmax))(output.logits), cache
 
     return lax.fori_loop(0, count, forward, (jnp.zeros((start.size, 1), jnp.int32), cache))
 

@@ -1,7 +1,8 @@
-"""How randomness becomes a token: unbatched functions of explicit numbers.
+"""How scores and randomness become a token: unbatched functions of explicit numbers.
 
-Two ways, which never share a number: the inverse CDF, for every draw of a round, and the Gumbel
-race, whose winner is the same for whoever runs it with the same noise and the same law.
+Two ways to draw, which never share a number: the inverse CDF, for every draw of a round, and the
+Gumbel race, whose winner is the same for whoever runs it with the same noise and the same law.
+And the largest score, where nothing is drawn.
 """
 
 from __future__ import annotations
@@ -85,8 +86,29 @@ def race(noise: Array, log_probs: Array) -> Array:
       >>> int(race(gumbel_noise(jax.random.key(0), 3), jnp.log(jnp.array([0.0, 1.0, 0.0]))))
       1
     """
-    scores = log_probs + noise
-    # XLA's argmax is slow on the CPU when the noise is made inside it: 0.97 ms against 0.19 ms
-    # for 50,000 tokens. The lowest of equal indices, as argmax; NaN gives the last.
-    ids = jnp.where(scores == jnp.max(scores), jnp.arange(scores.shape[0]), scores.shape[0] - 1)
-    return jnp.min(ids).astype(jnp.int32)
+    return argmax(log_probs + noise)
+
+
+def argmax(scores: Array) -> Array:
+    """The index of the largest score, the first of equal ones: `jnp.argmax`, made fast.
+
+    XLA's argmax carries the index along and is not vectorised on the CPU: 230 µs for 49,152
+    scores. Maxima of blocks are, and only one block is searched: 14 µs.
+
+    Args:
+      scores: float[V]; NaN counts as the largest.
+
+    Returns:
+      i32[].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> int(argmax(jnp.array([0.0, 2.0, 2.0])))
+      1
+    """
+    size = scores.shape[0]
+    num_blocks = -(-size // _BLOCK)
+    padding = (0, num_blocks * _BLOCK - size)
+    blocks = jnp.pad(scores, padding, constant_values=-jnp.inf).reshape(num_blocks, _BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=1))
+    return (block * _BLOCK + jnp.argmax(blocks[block])).astype(jnp.int32)

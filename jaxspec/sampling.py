@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxspec import pytree
+from jaxspec import drawing, pytree
 
 Array: TypeAlias = jax.Array
 PerRow: TypeAlias = Any  # a Python number, an array [] or [B], or None
@@ -283,7 +283,7 @@ def process(
 
 def _point_mass(logits: Array) -> Array:
     """Log 1 at the (first) largest logit, log 0 elsewhere: f32[V]."""
-    return jnp.where(jnp.arange(logits.shape[0]) == jnp.argmax(logits), 0.0, -jnp.inf)
+    return jnp.where(jnp.arange(logits.shape[0]) == drawing.argmax(logits), 0.0, -jnp.inf)
 
 
 def log_softmax(logits: Array) -> Array:

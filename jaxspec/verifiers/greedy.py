@@ -7,7 +7,7 @@ from typing import ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxspec import pytree
+from jaxspec import drawing, pytree
 from jaxspec.types import NO_TOKEN, Draft, Verdict
 
 Array: TypeAlias = jax.Array
@@ -23,7 +23,7 @@ class Greedy:
     def __call__(self, keys: Array, draft: Draft, target_log_probs: Array) -> Verdict:
         """Judges one row's draft; see `jaxspec.types.Verifier`."""
         del keys  # nothing is drawn
-        best = jnp.argmax(target_log_probs, axis=-1).astype(jnp.int32)
+        best = jax.vmap(drawing.argmax)(target_log_probs)
         slots = jnp.arange(best.shape[0])
         matches = (draft.tokens == best[:-1]) & (slots[:-1] < draft.length)
         num_accepted = jnp.sum(jnp.cumprod(matches.astype(jnp.int32)), dtype=jnp.int32)

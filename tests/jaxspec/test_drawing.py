@@ -1,4 +1,4 @@
-"""`drawing.draw`: the inverse CDF, its edges, and its law."""
+"""`drawing`: the inverse CDF, its edges, and its law; the largest score."""
 
 import functools
 
@@ -183,3 +183,40 @@ def test_by_hand_with_and_without_jit():
     for function in (drawing.draw, jax.jit(drawing.draw)):
         for uniform, expected in ((0.0, 1), (0.24, 1), (0.25, 3), (0.99, 3), (_LAST, 3)):
             assert int(function(jnp.array([0.7, uniform], jnp.float32), weights)) == expected
+
+
+def check_argmax(module):
+    """As NumPy's: the first of equal scores, NaN the largest, no index of the padding."""
+    rng = np.random.default_rng(9)
+    largest = jax.jit(module.argmax)
+    for size in (1, 5, 256, 257, 1000):
+        for kind in range(5):
+            scores = rng.normal(size=size).astype(np.float32) - 9
+            if kind == 1:
+                scores = np.round(scores)  # many equal ones, in several blocks
+            if kind == 2:
+                scores[rng.random(size) < 0.3] = np.nan
+            if kind == 3:
+                scores[:] = -np.inf
+            if kind == 4:
+                scores[rng.random(size) < 0.9] = -np.inf
+            index = largest(jnp.asarray(scores))
+            assert index.dtype == jnp.int32
+            assert int(index) == np.argmax(scores)
+
+
+def test_argmax_is_numpys():
+    check_argmax(drawing)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        ("constant_values=-jnp.inf", "constant_values=0.0"),
+        ("jnp.argmax(jnp.max(blocks, axis=1))", "jnp.nanargmax(jnp.max(blocks, axis=1))"),
+        ("block * _BLOCK + jnp.argmax(blocks[block])", "block * _BLOCK"),
+    ],
+)
+def test_planted_bugs_change_the_largest(patch):
+    with pytest.raises(AssertionError):
+        check_argmax(mutant("jaxspec.drawing", patch))
