@@ -25,7 +25,7 @@ import synthetic
 
 import jaxspec
 import jaxspec_models
-from jaxspec import arguments, loop, programs
+from jaxspec import arguments, drawing, loop, programs
 from jaxspec.generate import prefill, run
 from jaxspec_models import layers
 
@@ -76,7 +76,7 @@ def _products(x: dict[int, Any], weights: list[tuple[Any, Any]]) -> list[Any]:
     for weight, scale in weights:
         kind = jnp.float32 if scale is None else jnp.int32
         y = contract(x[weight.shape[1]], weight, preferred_element_type=kind)
-        out.append(jnp.max(y, axis=1))  # so that the results need not be kept
+        out.append(jax.lax.optimization_barrier(y)[0, 0])  # the results need not be kept
     return out
 
 
@@ -101,7 +101,7 @@ def forward_seconds(model: jaxspec.LanguageModel, width: int, batch: int, repeat
             output, cache = model.forward(
                 tokens, cache, start=start, num_new=jnp.full((batch,), width, jnp.int32)
             )
-            return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), cache
+            return jax.vmap(jax.vmap(drawing.argmax))(output.logits), cache
 
         tokens = jnp.ones((batch, width), jnp.int32)
         return jax.lax.fori_loop(0, count, body, (tokens, cache))

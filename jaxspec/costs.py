@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def measure_costs(
     context_length: int = 128,
     sampling: Sampling = Sampling(temperature=0),  # noqa: B008 (frozen)
     num_rounds: int = 16,
-    repeats: int = 5,
+    repeats: int = 9,
 ) -> Profile:
     """Times the parts of a round, each apart, in alternation, and takes medians.
 
@@ -83,7 +84,7 @@ def measure_costs(
       context_length: tokens of each row's prompt.
       sampling: the options; 0 temperature by default.
       num_rounds: rounds in one timing.
-      repeats: timings of each part; the median counts.
+      repeats: timings of each part; medians count.
 
     Returns:
       A `Profile` in seconds.
@@ -149,7 +150,7 @@ def measure_costs(
     if num_slots:
         parts |= {"free": functools.partial(rounds, free, num_slots)}
         parts |= {"free, plain": functools.partial(rounds, free, 0)}
-    seconds = _medians(parts, repeats)
+    seconds = _typical(parts, repeats, reference=widths[0])
 
     draft = 0.0
     if num_slots:
@@ -170,15 +171,25 @@ def _seconds(compute: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _medians(parts: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
-    """The median of each part, timed in turn; the first turn compiles and does not count."""
+def _typical(
+    parts: dict[Any, Callable[[], float]], repeats: int, reference: Any
+) -> dict[Any, float]:
+    """What each part takes, timed in turn; the first turn compiles and does not count.
+
+    The median over the turns of its ratio to `reference` within a turn, times the median of that
+    one: a machine that is slower for a while slows the parts of a turn alike.
+    """
     times: dict[Any, list[float]] = {name: [] for name in parts}
     for turn in range(repeats + 1):
         for name, part in parts.items():
             seconds = part()
             if turn:
                 times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
+    scale = statistics.median(times[reference])
+    return {
+        name: scale * statistics.median(map(operator.truediv, values, times[reference]))
+        for name, values in times.items()
+    }
 
 
 def _compute_forwards(target: LanguageModel, cache: Any, start: Array, count: Array | int) -> Any:

@@ -208,9 +208,12 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 class KVCache(NamedTuple):
     """Keys and values of every layer, written in place.
 
+    Each as the product that reads it wants its right-hand side, [in, out]: the CPU backend would
+    turn keys of [S, D] around for every step, which costs more than the product.
+
     Attributes:
-      keys: one [B, KV, S, D] a layer, float32 or the bits of bfloat16 in uint16.
-      values: likewise.
+      keys: one [B, KV, D, S] a layer, float32 or the bits of bfloat16 in uint16.
+      values: one [B, KV, S, D] a layer, likewise.
     """
 
     keys: tuple[Array, ...]
@@ -255,28 +258,30 @@ def init_cache(
 ) -> KVCache:
     """Makes an empty cache of at least `capacity` slots, all zero, a whole number of blocks."""
     slots = -(-capacity // KV_BLOCK) * KV_BLOCK
-    shape = (batch, num_kv_heads, slots, head_dim)
     stored = jnp.uint16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32
-    buffers = [jnp.zeros(shape, stored) for _ in range(2 * num_layers)]
-    return KVCache(tuple(buffers[:num_layers]), tuple(buffers[num_layers:]))
+
+    def buffers(*shape: int) -> tuple[Array, ...]:
+        return tuple(jnp.zeros((batch, num_kv_heads, *shape), stored) for _ in range(num_layers))
+
+    return KVCache(keys=buffers(head_dim, slots), values=buffers(slots, head_dim))
 
 
-def write_slots(buffer: Array, new: Array, start: Array) -> Array:
+def write_slots(buffer: Array, new: Array, start: Array, *, axis: int) -> Array:
     """Writes new keys or values at each row's own slots, in place.
 
     Args:
-      buffer: [B, KV, S, D].
-      new: [B, T, KV, D] of the buffer's dtype.
+      buffer: [B, KV, D, S] or [B, KV, S, D].
+      new: the same with T slots, of the buffer's dtype.
       start: i32[B]; row b's token i goes to slot start[b] + i. The caller keeps
         start + T ≤ S: `dynamic_update_slice` would clamp silently.
+      axis: the axis of the slots, 3 or 2.
 
     Returns:
       The updated buffer.
     """
-    new = new.swapaxes(1, 2)
 
     def write_row(row: Array, new_row: Array, slot: Array) -> Array:
-        return lax.dynamic_update_slice(row, new_row, (0, slot, 0))
+        return lax.dynamic_update_slice_in_dim(row, new_row, slot, axis - 1)
 
     if buffer.shape[0] == 1:  # a vmapped update is a scatter; one row needs none
         return write_row(buffer[0], new[0], start[0])[None]
@@ -324,7 +329,7 @@ def attention(q: Array, keys: Array, values: Array, visibility: Visibility, *, d
 
     Args:
       q: f32[B, T, H, D], rotated.
-      keys: [B, KV, S, D] as stored.
+      keys: [B, KV, D, S] as stored.
       values: [B, KV, S, D] as stored.
       visibility: which slots each token sees.
       dtype: what the cache's bits mean.
@@ -361,8 +366,8 @@ def _dense_attention(q, keys, values, live, *, see, dtype):
     del live
     keys = from_bits(keys, dtype).astype(jnp.float32)
     values = from_bits(values, dtype).astype(jnp.float32)
-    scores = jnp.einsum("bhqd,bhsd->bhqs", q, keys)
-    visible = see(jnp.arange(keys.shape[2]))
+    scores = jnp.einsum("bhqd,bhds->bhqs", q, keys)
+    visible = see(jnp.arange(keys.shape[3]))
     scores = jnp.where(visible, scores, -jnp.inf)
     # A padding query sees nothing: keep it finite.
     top = jnp.max(scores, axis=-1, keepdims=True)
@@ -381,23 +386,22 @@ def _blocked_attention(q, keys, values, live, *, see, dtype):
     A block that a row does not see adds exact zeros to it, so a row's result does not depend on
     how many blocks its neighbours need.
     """
-    batch, kv_heads, _, dim = keys.shape
 
-    def read(buffer: Array, first: Array) -> Array:
-        block = lax.dynamic_slice(buffer, (0, 0, first, 0), (batch, kv_heads, KV_BLOCK, dim))
+    def read(buffer: Array, first: Array, axis: int) -> Array:
+        block = lax.dynamic_slice_in_dim(buffer, first, KV_BLOCK, axis)
         return from_bits(block, dtype).astype(jnp.float32)
 
     def add_block(index, carry):
         top, total, out = carry
         first = index * KV_BLOCK
         visible = see(first + jnp.arange(KV_BLOCK))
-        scores = jnp.einsum("bhqd,bhsd->bhqs", q, read(keys, first))
+        scores = jnp.einsum("bhqd,bhds->bhqs", q, read(keys, first, 3))
         scores = jnp.where(visible, scores, _UNSEEN)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         decay = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None])  # exactly 0 where unseen
         total = total * decay + jnp.sum(weights, axis=-1)
-        new_out = jnp.einsum("bhqs,bhsd->bhqd", weights, read(values, first))
+        new_out = jnp.einsum("bhqs,bhsd->bhqd", weights, read(values, first, 2))
         return new_top, total, out * decay[..., None] + new_out
 
     empty = jnp.full(q.shape[:3], _UNSEEN / 2, jnp.float32)

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 import jaxspec
-from jaxspec_models import layers
+from jaxspec_models import fusion, layers
 
 Array: TypeAlias = jax.Array
 
@@ -175,8 +175,11 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 def rotary_tables(config: LlamaConfig, positions: Array) -> tuple[Array, Array]:
     """Cosines and sines of the rotary angles at i32[B, T]: f32[B, T, head_dim // 2] each."""
-    angles = positions[:, :, None].astype(jnp.float32) * inverse_frequencies(config)[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = positions.reshape(-1, 1).astype(jnp.float32) * inverse_frequencies(config)[None]
+    # Otherwise every layer would compute them again, for each of its heads.
+    tables = fusion.computed_once(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
+    cos, sin = jnp.split(tables.reshape(*positions.shape, -1), 2, axis=-1)
+    return cos, sin
 
 
 class Attention(nnx.Module):
@@ -201,8 +204,8 @@ class Attention(nnx.Module):
         q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
         dtype = jnp.dtype(config.dtype)
         k, v = layers.storable(k[:, : visibility.width], v[:, : visibility.width], dtype)
-        keys = layers.write_slots(keys, k, visibility.start)
-        values = layers.write_slots(values, v, visibility.start)
+        keys = layers.write_slots(keys, k.transpose(0, 2, 3, 1), visibility.start, axis=3)
+        values = layers.write_slots(values, v.swapaxes(1, 2), visibility.start, axis=2)
         mixed = layers.attention(q, keys, values, visibility, dtype=dtype)
         return self.out(mixed), keys, values
 

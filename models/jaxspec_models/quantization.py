@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxspec_models import fusion
+
 Array: TypeAlias = jax.Array
 
 KINDS = ("int8",)
@@ -81,12 +83,8 @@ def _sum_products(steps: Array, weight: Array) -> Array:
     its products written out first. See `benchmarks/README.md`.
     """
     num_rows = steps.shape[0]
-    # A gather is not fused into the loop, and so ends what is; otherwise the rounding of the rows
-    # would be done again for every output.
-    rows = lax.optimization_barrier(jnp.arange(num_rows))
-    steps = (
-        jnp.asarray(steps, jnp.int32).at[rows].get(mode="promise_in_bounds", unique_indices=True)
-    )
+    # Otherwise the rounding of the rows would be done again for every output.
+    steps = fusion.computed_once(steps.astype(jnp.int32))
     # Tied to the rows, the cast of the weight cannot be hoisted out of a decoding loop.
     weight, steps = lax.optimization_barrier((weight, steps))
     products = [weight.astype(jnp.int32) * steps[row][None] for row in range(num_rows)]

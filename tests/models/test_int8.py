@@ -145,7 +145,7 @@ def test_rows_are_rounded_once():
     assert not _loops_that_round_and_sum(quantization)
     fused = mutant(
         "jaxspec_models.quantization",
-        ('.at[rows].get(mode="promise_in_bounds", unique_indices=True)', ""),
+        ("fusion.computed_once(steps.astype(jnp.int32))", "steps.astype(jnp.int32)"),
     )
     assert _loops_that_round_and_sum(fused)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.mutants import mutant
 
 import jaxspec
 from jaxspec.testing import table_model
@@ -437,3 +438,26 @@ def test_a_broken_token_harms_none_that_cannot_see_it():
         llama.language_model(config, params), [[1, unused, 3]], sampling=greedy, max_new_tokens=8
     )
     assert broken.status.tolist() == [jaxspec.status.NONFINITE]
+
+
+def _cosines(module):
+    """How many operations of a compiled forward compute cosines; one computation has one."""
+    config = make_config("gqa_tied")
+    lm = module.language_model(config, module.init_params(config, seed=0))
+    cache = lm.init_cache(1, CAPACITY, 8)
+
+    @jax.jit
+    def forward(params, cache, tokens):
+        model = lm.replace(params=params)
+        start, num_new = jnp.zeros(1, jnp.int32), jnp.full(1, 8, jnp.int32)
+        return model.forward(tokens, cache, start=start, num_new=num_new)
+
+    tokens = jnp.ones((1, 8), jnp.int32)
+    return forward.lower(lm.params, cache, tokens).compile().as_text().count(" cosine(")
+
+
+def test_rotary_tables_are_computed_once():
+    """Not by each layer, for each of its heads: that cost a quarter of a step of 11 tokens."""
+    assert _cosines(llama) == 1
+    again = "return [f(angles).reshape(cos.shape) for f in (jnp.cos, jnp.sin)]"
+    assert _cosines(mutant("jaxspec_models.llama", ("return cos, sin", again))) >= 2
