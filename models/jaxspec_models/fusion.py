@@ -24,4 +24,4 @@ def computed_once(x: Array) -> Array:
       [[1.0], [2.0]]
     """
     rows = lax.optimization_barrier(jnp.arange(x.shape[0]))
-    return x.at[rows].get(mode="promise_in_bounds", unique_indices=True)
+    return jnp.asarray(x).at[rows].get(mode="promise_in_bounds", unique_indices=True)
