@@ -23,7 +23,7 @@ _NUM_LOOKED_UP = {None: 4, "int8": 2}  # as far as verifying costs almost nothin
 _NUM_DRAFTED = 4
 _COSTS = {
     None: ((1, 5, 8, 11), (1.0, 1.06, 1.1, 1.2)),
-    "int8": ((1, 3, 5, 8, 11), (1.0, 1.13, 1.55, 2.2, 2.7)),
+    "int8": ((1, 3, 5, 8, 11), (1.0, 1.13, 1.4, 2.1, 2.6)),
 }
 """Tokens of a target forward, and its time over that of one token's, by quantisation: measured on
 2 cores with smollm2-135m (benchmarks/README.md). `jaxspec.measure_costs` takes half a minute."""
