@@ -14,6 +14,7 @@ ids, and is used as its documentation recommends; the constants were chosen on o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -40,26 +41,32 @@ def jaxspec_int8(weights: str, threads: int) -> tuple[str, Run]:
     model = jaxspec_models.load_model(weights, quantization="int8")
     lookup = jaxspec.drafters.prompt_lookup()
     num_draft_tokens = 10
-    profile = jaxspec.measure_costs(
-        model, lookup, num_draft_tokens=num_draft_tokens, context_length=256
-    )
-    policy = jaxspec.policies.guarded(jaxspec.policies.goodput(profile))
-    modes: dict[str, dict[str, Any]] = {
-        "plain": {"drafter": None},
-        "lookup": {"drafter": lookup, "policy": policy, "num_draft_tokens": num_draft_tokens},
-    }
+
+    @functools.cache
+    def options(mode: str, temperature: float) -> dict[str, Any]:
+        sampling = jaxspec.Sampling(temperature=temperature)
+        if mode == "plain":
+            return {"drafter": None, "sampling": sampling}
+        profile = jaxspec.measure_costs(
+            model, lookup, num_draft_tokens=num_draft_tokens, context_length=256, sampling=sampling
+        )
+        return {
+            "drafter": lookup,
+            "policy": jaxspec.policies.guarded(jaxspec.policies.goodput(profile)),
+            "num_draft_tokens": num_draft_tokens,
+            "sampling": sampling,
+        }
 
     def answer(request: dict[str, Any]) -> Answer:
-        temperature = request["temperature"] or 0
+        chosen = options(request["mode"], request["temperature"] or 0)
         start = time.perf_counter()
         prepared = arguments.prepare(
             model,
             [request["ids"]],
-            sampling=jaxspec.Sampling(temperature=temperature),
             max_new_tokens=request["max_new_tokens"],
             eos_ids=request["eos_ids"],
             key=jax.random.key(request["seed"]),
-            **modes[request["mode"]],
+            **chosen,
         )
         engine, row = prepared.engine, prepared.request
         state = prefill(engine, row, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
