@@ -342,7 +342,7 @@ def attention(q: Array, keys: Array, values: Array, visibility: Visibility, *, d
     groups = heads // kv_heads
     q = (q * dim**-0.5).reshape(batch, width, kv_heads, groups, dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * width, dim)
-    num_queries = -(-groups * width // MIN_ROWS) * MIN_ROWS
+    num_queries = max(MIN_ROWS, -(-groups * width // 2) * 2)
     q = pad_axis(q, 2, num_queries)
 
     def see(slots: Array) -> Array:  # bool[B, 1, queries, slots]
