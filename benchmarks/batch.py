@@ -100,7 +100,7 @@ def measure(target: Any, prompts: list[list[int]], args: argparse.Namespace) -> 
             num_draft_tokens=args.num_draft_tokens,
             context_length=128,  # a prefill for each timing
             sampling=jaxspec.Sampling(temperature=args.temperature),
-            repeats=3,
+            repeats=5,
         )
         settings[name] = {
             "drafter": drafter,
