@@ -15,8 +15,8 @@ def computed_once(x: Array) -> Array:
     """The rows of `x`, written out before they are read: x[N, …] again.
 
     XLA would fuse what computes them into each of their readers, and into loops that read them
-    again and again. It fuses no gather into its readers; one by indices that it cannot see through
-    is neither simplified away. An optimisation barrier alone is removed too early.
+    again and again. It fuses no gather into its readers, and cannot simplify one away by indices
+    that it does not know. An optimisation barrier alone is removed too early.
 
     Example:
       >>> import jax.numpy as jnp
