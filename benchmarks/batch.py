@@ -98,7 +98,7 @@ def measure(target: Any, prompts: list[list[int]], args: argparse.Namespace) -> 
             drafter,
             batch=len(prompts),
             num_draft_tokens=args.num_draft_tokens,
-            context_length=128,  # a prefill for each timing
+            context_length=128,  # not the prompts': each timing begins with a prefill
             sampling=jaxspec.Sampling(temperature=args.temperature),
             repeats=5,
         )

@@ -26,7 +26,7 @@ _COSTS = {
     "int8": ((1, 3, 5, 8, 11), (1.0, 1.13, 1.4, 2.1, 2.6)),
 }
 """Tokens of a target forward, and its time over that of one token's, by quantisation: measured on
-2 cores with smollm2-135m (benchmarks/README.md). `jaxspec.measure_costs` takes half a minute."""
+2 cores with smollm2-135m (benchmarks/README.md). `jaxspec.measure_costs` takes a minute."""
 
 
 def run(arguments: argparse.Namespace) -> int:

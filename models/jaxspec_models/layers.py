@@ -28,7 +28,7 @@ from jaxspec_models import quantization
 Array: TypeAlias = jax.Array
 
 MIN_ROWS = 8
-"""Rows that norms, attention and everything else that sums is padded to."""
+"""Rows that norms, attention and everything else that sums has at least."""
 MIN_PRODUCT_ROWS = 2
 """Rows that a model is padded to: one row leaves the fast path of the CPU backend's products, and
 elementwise work on it is fused, and so rounded, in other ways."""
@@ -342,6 +342,7 @@ def attention(q: Array, keys: Array, values: Array, visibility: Visibility, *, d
     groups = heads // kv_heads
     q = (q * dim**-0.5).reshape(batch, width, kv_heads, groups, dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * width, dim)
+    # More than these would cost as much as real ones: 9 queries a head (3 tokens) are not 16.
     num_queries = max(MIN_ROWS, -(-groups * width // 2) * 2)
     q = pad_axis(q, 2, num_queries)
 

@@ -123,6 +123,16 @@ def test_a_drafter_that_costs():
     check_a_drafter_that_costs(costs_module)
 
 
+def test_a_slow_turn_slows_all_of_its_parts():
+    """Ratios within a turn count: 1 to 2, although the medians are 2 and 2."""
+    turns = {
+        "one": iter([9.0, 1.0, 2.0, 3.0, 2.0, 1.0]),
+        "two": iter([9.0, 2.0, 4.0, 2.0, 4.0, 2.0]),
+    }
+    parts = {name: functools.partial(next, values) for name, values in turns.items()}
+    assert costs_module._typical(parts, 5, reference="two") == {"one": 1.0, "two": 2.0}
+
+
 @pytest.mark.parametrize(
     "patch",
     [
