@@ -5,7 +5,9 @@
 Rows of mixed lengths: the first prompts of the file, one of each category in turn. For every batch
 size plain decoding, prompt lookup and a drafter whose tokens are uniformly random run in turn
 (A B A B); both drafters under `guarded(goodput(profile))` with the costs measured for that batch.
-Prints decoding tokens/s, medians with their spread, and each over plain.
+Prints decoding tokens/s, medians with their spread, and each over plain. A row that ends before
+the longest one leaves its place empty: "busy" is the share of row-rounds that wrote something, and
+`--ignore-eos` keeps it at 1 for plain decoding.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-draft-tokens", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--ignore-eos", action="store_true", help="every row writes all its tokens")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of all settings")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
@@ -76,6 +79,7 @@ def main() -> None:
         for name, figure in figures[batch].items():
             low, high = figure["spread"]
             line += f" | {name} {figure['rate']:.0f} tokens/s [{low:.0f}, {high:.0f}]"
+            line += f" {figure['busy']:.0%} busy"
             if name != "plain":
                 line += f" = {figure['over_plain']:.2f} x plain"
         print(line, flush=True)
@@ -108,6 +112,7 @@ def measure(target: Any, prompts: list[list[int]], args: argparse.Namespace) -> 
             "num_draft_tokens": args.num_draft_tokens,
         }
     rates: dict[str, list[float]] = {name: [] for name in settings}
+    busy: dict[str, float] = {}
     for turn in range(args.rounds + 1):  # the first compiles
         for name, setting in settings.items():
             prepared = arguments.prepare(
@@ -115,6 +120,7 @@ def measure(target: Any, prompts: list[list[int]], args: argparse.Namespace) -> 
                 prompts,
                 sampling=jaxspec.Sampling(temperature=args.temperature),
                 max_new_tokens=args.max_new_tokens,
+                eos_ids=() if args.ignore_eos else None,
                 key=jax.random.key(turn),
                 **setting,
             )
@@ -127,11 +133,13 @@ def measure(target: Any, prompts: list[list[int]], args: argparse.Namespace) -> 
             if turn:
                 num_new = int(jnp.sum(state.lengths - request.prompt_lengths))
                 rates[name].append(num_new / seconds)
+                busy[name] = float(jnp.mean(state.num_rounds) / jnp.max(state.num_rounds))
     plain = rates["plain"]
     return {
         name: {
             "rate": statistics.median(values),
             "spread": (min(values), max(values)),
+            "busy": busy[name],
             # Neighbours in time are compared, so that a slow minute does not count for one side.
             "over_plain": statistics.median(x / y for x, y in zip(values, plain, strict=True)),
         }

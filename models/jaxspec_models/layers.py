@@ -342,8 +342,10 @@ def attention(q: Array, keys: Array, values: Array, visibility: Visibility, *, d
     groups = heads // kv_heads
     q = (q * dim**-0.5).reshape(batch, width, kv_heads, groups, dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * width, dim)
-    # More than these would cost as much as real ones: 9 queries a head (3 tokens) are not 16.
-    num_queries = max(MIN_ROWS, -(-groups * width // 2) * 2)
+    # Padding costs as much as real queries: no more of it than the softmax's sums need, which run
+    # over the queries of all heads. An odd number is slower than the even one above it.
+    num_queries = max(groups * width, -(-MIN_ROWS // kv_heads))
+    num_queries += num_queries % 2
     q = pad_axis(q, 2, num_queries)
 
     def see(slots: Array) -> Array:  # bool[B, 1, queries, slots]
