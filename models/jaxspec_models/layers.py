@@ -300,7 +300,7 @@ class Visibility:
       prefix: i32[B]; every slot below it is visible.
       mask: bool[B, T, W] for the slots prefix … prefix + W, or None: causal from `start`.
       start: i32[B], the slot of the first new token.
-      live: i32[], slots at or beyond it need not be read for any row.
+      live: i32[B], slots at or beyond it need not be read for the row.
       width: T; rows beyond it are padding, whose keys and values are not stored (static).
     """
 
@@ -309,6 +309,10 @@ class Visibility:
     start: Array
     live: Array
     width: int = pytree.static()
+
+    def of_row(self, row: Array) -> Visibility:
+        """That of one row, i32[], as of a batch of one."""
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, 1), self)
 
     def at(self, slots: Array, num_rows: int) -> Array:
         """Whether token t of row b sees each of `slots` i32[S]: bool[B, num_rows, S]."""
@@ -322,6 +326,10 @@ class Visibility:
             self.mask, jnp.broadcast_to(index[:, None], (*self.mask.shape[:2], slots.size)), axis=2
         )
         return (offset < 0)[:, None] | (inside[:, None] & allowed)
+
+
+_MIN_SUMS = 16
+"""Sums over fewer rows of scores (heads times queries) would round otherwise than over more."""
 
 
 def attention(q: Array, keys: Array, values: Array, visibility: Visibility, *, dtype: Any) -> Array:
@@ -342,13 +350,13 @@ def attention(q: Array, keys: Array, values: Array, visibility: Visibility, *, d
     groups = heads // kv_heads
     q = (q * dim**-0.5).reshape(batch, width, kv_heads, groups, dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * width, dim)
-    # Padding costs as much as real queries: no more of it than the softmax's sums need, which run
-    # over the queries of all heads. An odd number is slower than the even one above it.
-    num_queries = max(groups * width, -(-MIN_ROWS // kv_heads))
+    # Padding costs as much as real queries: no more of it than the softmax's sums need. An odd
+    # number is slower than the even one above it.
+    num_queries = max(groups * width, -(-_MIN_SUMS // kv_heads))
     num_queries += num_queries % 2
     q = pad_axis(q, 2, num_queries)
 
-    def see(slots: Array) -> Array:  # bool[B, 1, queries, slots]
+    def see(visibility: Visibility, slots: Array) -> Array:  # bool[B, 1, queries, slots]
         visible = jnp.tile(visibility.at(slots, width), (1, groups, 1))
         return pad_axis(visible, 1, num_queries)[:, None]
 
@@ -356,7 +364,7 @@ def attention(q: Array, keys: Array, values: Array, visibility: Visibility, *, d
         q,
         keys,
         values,
-        visibility.live,
+        visibility,
         cpu=functools.partial(_blocked_attention, see=see, dtype=dtype),
         default=functools.partial(_dense_attention, see=see, dtype=dtype),
     )
@@ -364,13 +372,12 @@ def attention(q: Array, keys: Array, values: Array, visibility: Visibility, *, d
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * dim)
 
 
-def _dense_attention(q, keys, values, live, *, see, dtype):
+def _dense_attention(q, keys, values, visibility, *, see, dtype):
     """Over the whole capacity: for accelerators, where a loop of dynamic length is dear."""
-    del live
     keys = from_bits(keys, dtype).astype(jnp.float32)
     values = from_bits(values, dtype).astype(jnp.float32)
     scores = jnp.einsum("bhqd,bhds->bhqs", q, keys)
-    visible = see(jnp.arange(keys.shape[3]))
+    visible = see(visibility, jnp.arange(keys.shape[3]))
     scores = jnp.where(visible, scores, -jnp.inf)
     # A padding query sees nothing: keep it finite.
     top = jnp.max(scores, axis=-1, keepdims=True)
@@ -383,32 +390,65 @@ _UNSEEN = -1e30
 """A score so far below the least maximum, half of it, that its exponential is zero."""
 
 
-def _blocked_attention(q, keys, values, live, *, see, dtype):
-    """Online softmax over the live blocks (arXiv 1805.02867): the cost follows the length.
+def _blocked_attention(q, keys, values, visibility, *, see, dtype):
+    """Online softmax over the live blocks (arXiv 1805.02867): the cost follows the lengths.
 
-    A block that a row does not see adds exact zeros to it, so a row's result does not depend on
-    how many blocks its neighbours need.
+    All rows share the blocks that more than a quarter of them need (where four rows or more
+    share one, it costs less than row by row); beyond, each row has its own. A block that a row
+    does not see adds exact zeros to it, so a row's result does not depend on its neighbours.
     """
 
-    def read(buffer: Array, first: Array, axis: int) -> Array:
-        block = lax.dynamic_slice_in_dim(buffer, first, KV_BLOCK, axis)
-        return from_bits(block, dtype).astype(jnp.float32)
-
-    def add_block(index, carry):
+    def add_block(index, carry, q, keys, values, visibility):
         top, total, out = carry
         first = index * KV_BLOCK
-        visible = see(first + jnp.arange(KV_BLOCK))
-        scores = jnp.einsum("bhqd,bhds->bhqs", q, read(keys, first, 3))
+
+        def read(buffer: Array, axis: int) -> Array:
+            block = lax.dynamic_slice_in_dim(buffer, first, KV_BLOCK, axis)
+            return from_bits(block, dtype).astype(jnp.float32)
+
+        visible = see(visibility, first + jnp.arange(KV_BLOCK))
+        scores = jnp.einsum("bhqd,bhds->bhqs", q, read(keys, 3))
         scores = jnp.where(visible, scores, _UNSEEN)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         decay = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None])  # exactly 0 where unseen
         total = total * decay + jnp.sum(weights, axis=-1)
-        new_out = jnp.einsum("bhqs,bhsd->bhqd", weights, read(values, first, 2))
+        new_out = jnp.einsum("bhqs,bhsd->bhqd", weights, read(values, 2))
         return new_top, total, out * decay[..., None] + new_out
 
     empty = jnp.full(q.shape[:3], _UNSEEN / 2, jnp.float32)
     carry = (empty, jnp.zeros_like(empty), jnp.zeros_like(q))
-    num_blocks = (live + KV_BLOCK - 1) // KV_BLOCK
-    _, total, out = lax.fori_loop(0, num_blocks, add_block, carry)
+    num_blocks = (visibility.live + KV_BLOCK - 1) // KV_BLOCK
+    few = q.shape[0] // 4
+    blocks = jnp.arange(keys.shape[3] // KV_BLOCK)
+    num_rows = jnp.sum(num_blocks[:, None] > blocks[None], axis=0)  # that need each block
+    num_shared = jnp.sum(num_rows > few)
+    carry = lax.fori_loop(
+        0, num_shared, lambda i, carry: add_block(i, carry, q, keys, values, visibility), carry
+    )
+    if few:
+        num_own = jnp.maximum(num_blocks - num_shared, 0)
+        ends = jnp.cumsum(num_own)
+
+        def add_own(number, carry):
+            row = jnp.sum(ends <= number)
+            index = num_shared + number - (ends - num_own)[row]
+
+            def of_row(x):
+                return lax.dynamic_slice_in_dim(x, row, 1)
+
+            part = add_block(
+                index,
+                jax.tree.map(of_row, carry),
+                of_row(q),
+                of_row(keys),
+                of_row(values),
+                visibility.of_row(row),
+            )
+            return jax.tree.map(
+                lambda x, new: lax.dynamic_update_slice_in_dim(x, new, row, 0), carry, part
+            )
+
+        carry = lax.fori_loop(0, ends[-1], add_own, carry)
+    _, total, out = carry
     return out / jnp.maximum(total, 1e-30)[..., None]

@@ -303,7 +303,7 @@ class Llama(nnx.Module):
             prefix=start if prefix is None else prefix,
             mask=mask,
             start=start,
-            live=jnp.max(fed),
+            live=fed,
             width=width,
         )
         tokens = layers.pad_axis(tokens, 1, num_rows)

@@ -96,7 +96,7 @@ def input_ranges(config: llama.LlamaConfig, params: Any) -> tuple[list[list[Arra
         prefix=start,
         mask=None,
         start=start,
-        live=jnp.asarray(count, jnp.int32),
+        live=jnp.full((1,), count, jnp.int32),
         width=count,
     )
     cache = llama.language_model(

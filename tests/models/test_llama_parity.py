@@ -440,6 +440,17 @@ def test_a_broken_token_harms_none_that_cannot_see_it():
     assert broken.status.tolist() == [jaxspec.status.NONFINITE]
 
 
+def test_a_step_of_ragged_rows_copies_no_cache():
+    config = make_config("gqa_tied")
+    lm = llama.language_model(config, llama.init_params(config, seed=0))
+    cache = lm.init_cache(8, 8192, 1)
+    step = jax.jit(lm.apply, donate_argnums=2)
+    start = jnp.zeros(8, jnp.int32)
+    compiled = step.lower(lm.params, jnp.ones((8, 1), jnp.int32), cache, start=start).compile()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * size
+
+
 def _cosines(module):
     """How many operations of a compiled forward compute cosines; one computation has one."""
     config = make_config("gqa_tied")

@@ -1,0 +1,80 @@
+"""Attention by itself: a row's result is bit for bit its own, whoever stands beside it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.mutants import mutant
+
+from jaxspec_models import layers
+
+_DIM, _CAPACITY = 64, 1024
+_LENGTHS = np.array([700, 10, 300, 40, 900, 5])  # rows share some blocks and have others alone
+
+
+def _attention(module, num_kv_heads, groups):
+    """`f(rows, width)`: the first `width` tokens of some of six rows, behind their lengths."""
+    rng = np.random.default_rng(0)
+    keys = jnp.asarray(rng.normal(size=(6, num_kv_heads, _DIM, _CAPACITY)), jnp.float32)
+    values = jnp.asarray(rng.normal(size=(6, num_kv_heads, _CAPACITY, _DIM)), jnp.float32)
+    queries = jnp.asarray(rng.normal(size=(6, 5, num_kv_heads * groups, _DIM)) * 3, jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames="width")
+    def attend(q, keys, values, start, width):
+        visibility = module.Visibility(
+            prefix=start, mask=None, start=start, live=start + width, width=width
+        )
+        return module.attention(q, keys, values, visibility, dtype=jnp.float32)
+
+    def run(rows, width):
+        start = jnp.asarray(_LENGTHS[rows], jnp.int32)
+        q = queries[jnp.asarray(rows), :width]
+        return np.asarray(
+            attend(q, keys[jnp.asarray(rows)], values[jnp.asarray(rows)], start, width)
+        )
+
+    return run, (queries, keys, values)
+
+
+def _num_differing(module, num_kv_heads, groups):
+    """In how many smaller batches and widths a row is not bit for bit what it is among all."""
+    run, _ = _attention(module, num_kv_heads, groups)
+    together = run(np.arange(6), 5)
+    count = 0
+    for rows in ([0], [2], [4], [0, 1, 2, 4]):
+        for width in (1, 2, 5):
+            count += not np.array_equal(run(np.array(rows), width), together[rows][:, :width])
+    return count
+
+
+@pytest.mark.parametrize(("num_kv_heads", "groups"), [(1, 1), (1, 3), (2, 2), (3, 3)])
+def test_a_row_is_bit_equal_whoever_stands_beside_it(num_kv_heads, groups):
+    assert _num_differing(layers, num_kv_heads, groups) == 0
+
+
+def test_the_values_are_those_of_dense_attention():
+    run, (queries, keys, values) = _attention(layers, 2, 2)
+    ours = run(np.arange(6), 5).reshape(6, 5, 4, _DIM)
+    for row, length in enumerate(_LENGTHS):
+        for token in range(5):
+            seen = length + token + 1
+            for head in range(4):
+                scores = queries[row, token, head] @ keys[row, head // 2, :, :seen] * _DIM**-0.5
+                want = jax.nn.softmax(scores) @ values[row, head // 2, :seen]
+                np.testing.assert_allclose(ours[row, token, head], want, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        ("_MIN_SUMS = 16", "_MIN_SUMS = 2"),
+        ("fori_loop(0, ends[-1], add_own", "fori_loop(0, ends[-1] - 1, add_own"),
+        ("row = jnp.sum(ends <= number)", "row = jnp.sum(ends < number)"),
+        ("index = num_shared + number", "index = number"),
+        ("visibility.of_row(row),", "visibility.of_row(0 * row),"),
+    ],
+)
+def test_planted_bugs_are_noticed(patch):
+    assert _num_differing(mutant("jaxspec_models.layers", patch), 1, 3) > 0
