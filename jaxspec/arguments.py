@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxspec import drafters, loop, policies, verifiers
 from jaxspec.sampling import Sampling, resolve
+from jaxspec.sampling.options import id_lists
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
 
 Array: TypeAlias = jax.Array
@@ -48,9 +49,10 @@ def prepare(
     verifier: Verifier | None = None,
     policy: Policy | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    max_new_tokens: int = 128,
+    max_new_tokens: Any = 128,
     num_draft_tokens: int = 4,
     eos_ids: Sequence[int] | int | None = None,
+    stop_sequences: Any = None,
     pad_id: int = 0,
     key: Array | None = None,
     prompt_lengths: Any = None,
@@ -67,27 +69,51 @@ def prepare(
         )
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a jaxspec.Sampling, got {type(sampling).__name__}.")
-    _check_count("max_new_tokens", max_new_tokens)
+    most = _most_new_tokens(max_new_tokens)
     if not isinstance(pad_id, (int, np.integer)) or not -(2**31) <= pad_id < 2**31:
         raise ValueError(f"pad_id must be a Python integer within int32, got {pad_id!r}.")
     engine = _engine(target, drafter, verifier, policy, sampling, num_draft_tokens)
     tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, target.vocab_size)
     batch = tokens.shape[0]
+    if np.shape(max_new_tokens) not in ((), (batch,)):
+        raise ValueError(
+            f"max_new_tokens must be one number or {batch}, one a row; got shape "
+            f"{np.shape(max_new_tokens)}."
+        )
     _check_fits(engine, tokens, lengths, max_new_tokens)
-    options = resolve(sampling, batch)
+    options = resolve(sampling, batch, target.vocab_size)
     row_keys = _row_keys(key, batch, sampling.is_greedy)
     lengths = jnp.asarray(lengths, jnp.int32)
     request = loop.Request(
         keys=row_keys,
         prompt_lengths=lengths,
-        max_lengths=lengths + max_new_tokens,
+        max_lengths=lengths + jnp.asarray(max_new_tokens, jnp.int32),
         eos_ids=_eos_ids(target, eos_ids),
+        stop_sequences=_stop_sequences(stop_sequences, batch, target.vocab_size),
         options=options,
     )
     # Padding may be anything (-100, a pad id beyond the vocabulary): a model is fed valid ids.
     is_prompt = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     tokens = jnp.where(is_prompt, jnp.asarray(tokens, jnp.int32), 0)
-    return Prepared(engine, request, tokens, int(max_new_tokens), int(pad_id))
+    return Prepared(engine, request, tokens, most, int(pad_id))
+
+
+def _most_new_tokens(max_new_tokens: Any) -> int:
+    """T, the size of the output's arrays: the largest of the rows' limits."""
+    if isinstance(max_new_tokens, jax.core.Tracer):
+        raise ValueError(
+            "max_new_tokens decides about the output's shape and can't be traced; pass Python "
+            "integers or an array that is known before running."
+        )
+    if np.ndim(max_new_tokens) == 0:
+        _check_count("max_new_tokens", max_new_tokens)
+        return int(max_new_tokens)
+    limits = np.asarray(max_new_tokens)
+    if not np.issubdtype(limits.dtype, np.integer) or limits.size == 0 or limits.min() < 1:
+        raise ValueError(
+            f"max_new_tokens must be integers of at least 1, one a row; got {max_new_tokens!r}."
+        )
+    return int(limits.max())
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -292,15 +318,18 @@ def _check_ids(tokens: Any, lengths: Any, vocab_size: int) -> None:
         )
 
 
-def _check_fits(engine: loop.Engine, tokens: Any, lengths: Any, max_new_tokens: int) -> None:
+def _check_fits(engine: loop.Engine, tokens: Any, lengths: Any, max_new_tokens: Any) -> None:
     if isinstance(lengths, jax.core.Tracer):
         return
-    needed = int(np.max(lengths)) + max_new_tokens
+    row = int(np.argmax(lengths + np.asarray(max_new_tokens)))
+    length = int(np.broadcast_to(lengths, (tokens.shape[0],))[row])
+    max_new_tokens = int(np.broadcast_to(max_new_tokens, (tokens.shape[0],))[row])
+    needed = length + max_new_tokens
     drafter_limit = getattr(engine.drafter, "max_length", None)
     for name, limit in (("target", engine.target.max_length), ("drafter", drafter_limit)):
         if limit is not None and needed > limit:
             raise ValueError(
-                f"the longest prompt ({int(np.max(lengths))}) + max_new_tokens "
+                f"the longest prompt ({length}) + max_new_tokens "
                 f"({max_new_tokens}) is {needed}, and the {name} is made for {limit} tokens; "
                 "shorten the prompt or lower max_new_tokens."
             )
@@ -324,6 +353,19 @@ def _eos_ids(target: LanguageModel, eos_ids: Sequence[int] | int | None) -> Arra
             f"{ids.dtype}{ids.shape}."
         )
     return jnp.asarray(ids).astype(jnp.int32)
+
+
+def _stop_sequences(value: Any, batch: int, vocab_size: int) -> Array:
+    """i32[B, W, L]."""
+    sequences = id_lists("stop_sequences", value, vocab_size)
+    if sequences is None:
+        return jnp.zeros((batch, 0, 1), jnp.int32)
+    if sequences.ndim == 3 and sequences.shape[0] != batch:
+        raise ValueError(
+            f"stop_sequences must be the same for all rows, [W, L], or one set for each of {batch} "
+            f"rows; got shape {sequences.shape}."
+        )
+    return jnp.broadcast_to(sequences, (batch, *sequences.shape[-2:]))
 
 
 def _row_keys(key: Array | None, batch: int, is_greedy: bool) -> Array:

@@ -27,7 +27,8 @@ class Generation:
       lengths: i32[B], the number of new tokens of each row.
       log_probs: f32[B, T], natural log-probability of each new token under the target after the
         sampling options; of a greedy row under the target at temperature 1; then 0.
-      status: i32[B], why each row stopped: `jaxspec.status.EOS`, `LENGTH` or `NONFINITE`.
+      status: i32[B], why each row stopped: `jaxspec.status.EOS`, `STOP`, `LENGTH` or
+        `NONFINITE`.
       stats: `Stats`, per row.
       guarantee: "distribution": the tokens have exactly the target's distribution; "tokens"
         (`verifiers.match`): they are also the same with any drafter, or none (static).
@@ -73,9 +74,10 @@ def generate(
     verifier: Verifier | None = None,
     policy: Policy | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    max_new_tokens: int = 128,
+    max_new_tokens: int | Sequence[int] | Array = 128,
     num_draft_tokens: int = 4,
     eos_ids: Sequence[int] | int | None = None,
+    stop_sequences: Any = None,
     pad_id: int = 0,
     key: Array | None = None,
     prompt_lengths: Array | None = None,
@@ -97,9 +99,13 @@ def generate(
         `greedy` does in rows at temperature 0.
       policy: from `jaxspec.policies`; None: `num_draft_tokens` in every round.
       sampling: the options, one value for all rows or one a row.
-      max_new_tokens: T ≥ 1, tokens to write at most (static).
+      max_new_tokens: tokens to write at most, ≥ 1: one number, or integers [B], one a row; T is
+        the largest (static).
       num_draft_tokens: K ≥ 1, the most tokens drafted in a round (static).
       eos_ids: tokens that end a row; None: the model's own; (): never stop.
+      stop_sequences: token-id lists, or i32[W, L] or i32[B, W, L] filled with -1 on the left: a
+        row ends once its output ends in one of them, which is kept, like an EOS. A list of tokens
+        is exact; for stops in text see `jaxspec_models.generate_text`.
       pad_id: fills the result behind each row's tokens (static).
       key: `jax.random.key(seed)` (threefry), folded with each row's number, or key[B], one a row,
         so that a row's tokens follow its key wherever it stands. May be left out at temperature 0.
@@ -141,6 +147,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         num_draft_tokens=num_draft_tokens,
         eos_ids=eos_ids,
+        stop_sequences=stop_sequences,
         pad_id=pad_id,
         key=key,
         prompt_lengths=prompt_lengths,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec import pytree, sampling, stats, status
+from jaxspec.sampling import processing
 from jaxspec.types import (
     NO_TOKEN,
     PREFILL_CHUNK,
@@ -74,6 +75,8 @@ class Request(NamedTuple):
       prompt_lengths: i32[B].
       max_lengths: i32[B], prompt + new tokens at which a row stops.
       eos_ids: i32[E], tokens that end a row; E may be 0.
+      stop_sequences: i32[B, W, L], tokens in a row that end it, filled with -1 on the left; W may
+        be 0.
       options: the resolved sampling options.
     """
 
@@ -81,6 +84,7 @@ class Request(NamedTuple):
     prompt_lengths: Array
     max_lengths: Array
     eos_ids: Array
+    stop_sequences: Array
     options: sampling.Options
 
 
@@ -108,7 +112,7 @@ class State(NamedTuple):
     lengths: Array  # i32[B], committed tokens, prompt included
     status: Array  # i32[B], see jaxspec.status
     num_rounds: Array  # i32[B], rounds the row took part in
-    history: sampling.History  # what penalties look back on
+    memory: sampling.Memory  # what penalties look back on
     policy: Any
     # Reported.
     log_probs: Array  # f32[B, T], of new tokens
@@ -197,9 +201,9 @@ def prefill(engine: Engine, request: Request, prompts: Array, *, max_new_tokens:
         lengths=request.prompt_lengths,
         status=jnp.full((batch,), status.RUNNING, jnp.int32),
         num_rounds=jnp.zeros((batch,), jnp.int32),
-        history=sampling.init_history(
-            request.options, prompts, request.prompt_lengths, target.vocab_size
-        ),
+        memory=sampling.recall(
+            request.options, prompts, request.prompt_lengths, vocab_size=target.vocab_size
+        ).memory,
         policy=engine.policy.init(batch),
         log_probs=jnp.zeros((batch, max_new_tokens), jnp.float32),
         stats=stats.init(batch, engine.num_draft_tokens),
@@ -317,7 +321,7 @@ def one_round(engine: Engine, request: Request, state: State) -> State:
         lengths=state.lengths + num_emitted,
         status=jnp.where(is_active, new_status, state.status),
         num_rounds=state.num_rounds + is_active.astype(jnp.int32),
-        history=sampling.update_history(state.history, verdict.tokens, num_emitted),
+        memory=sampling.remember(state.memory, verdict.tokens, num_emitted),
         policy=engine.policy.update(state.policy, outcome),
         log_probs=log_probs,
         stats=stats.update(state.stats, outcome, judged.zeros),
@@ -390,15 +394,13 @@ def _judge_at_width(
     logits = output.logits
 
     # The sampling options at every position, each with the drafts before it as its prefix.
-    offsets = jnp.arange(width, dtype=jnp.int32)
-    at_offsets = jax.vmap(sampling.process, in_axes=(0, None, None, None, 0))
-    scores = jax.vmap(at_offsets, in_axes=(0, 0, 0, 0, None))(
-        logits, request.options, state.history, draft.tokens, offsets
+    scores = processing.process_positions(
+        logits, request.options, _history(request, state), draft.tokens
     )
 
     # A position without a finite law ends the draft there: what stands before it is verified as
     # ever, and the row stops when it gets there.
-    draft, num_finite = _cut_at_nonfinite(draft, logits, scores.log_probs)
+    draft, num_finite = _cut_at_nonfinite(draft, logits, scores.report)
 
     if _is_keyed_by_position(engine.verifier):
         keys = _noise_keys(request.keys, state.lengths, width)
@@ -406,6 +408,7 @@ def _judge_at_width(
         keys = _keys(request.keys, state.num_rounds, _VERIFY, width)
     verdict = jax.vmap(engine.verifier)(keys, draft, scores.log_probs)
     tokens = verdict.tokens.astype(jnp.int32)
+    offsets = jnp.arange(width, dtype=jnp.int32)
     emitted = jnp.where(offsets[None] <= verdict.num_accepted[:, None], tokens, 0)
     emitted_log_probs = jnp.take_along_axis(scores.report, emitted[:, :, None], axis=2)[:, :, 0]
 
@@ -447,7 +450,8 @@ def _propose(engine: Engine, request: Request, state: State, is_active: Array) -
     noise_keys = None
     if _is_keyed_by_position(engine.verifier) and getattr(engine.verifier, "shares_noise", False):
         noise_keys = _noise_keys(request.keys, state.lengths, num_slots)
-    context = Context(state.tokens, state.lengths, request.options, state.history, noise_keys)
+    history = _history(request, state)
+    context = Context(state.tokens, state.lengths, request.options, history, noise_keys)
     draft, drafter_state = engine.drafter.propose(
         _keys(request.keys, state.num_rounds, _PROPOSE, num_slots),
         state.drafter,
@@ -463,20 +467,30 @@ def _propose(engine: Engine, request: Request, state: State, is_active: Array) -
     )
 
 
-def _cut_at_nonfinite(draft: Draft, logits: Array, log_probs: Array) -> tuple[Draft, Array]:
+def _history(request: Request, state: State) -> sampling.History:
+    """The committed text as the sampling options see it."""
+    batch = state.lengths.shape[0]
+    eos_ids = jnp.broadcast_to(request.eos_ids, (batch, request.eos_ids.shape[0]))
+    return sampling.History(
+        state.memory, state.tokens, state.lengths, request.prompt_lengths, eos_ids
+    )
+
+
+def _cut_at_nonfinite(draft: Draft, logits: Array, report: Array) -> tuple[Draft, Array]:
     """Shortens drafts so that only finite laws judge them.
 
     Args:
       draft: with leading axis B.
       logits: f32[B, K + 1, V].
-      log_probs: f32[B, K + 1, V], after the options, whose traced values may be broken too.
+      report: f32[B, K + 1, V], the laws after the options, whose traced values may be broken and
+        whose bans may leave nothing; of a greedy row before the point mass, which would hide it.
 
     Returns:
       The draft, and i32[B] the offset of the first position with NaN or +inf (or nothing but
       -inf); K + 1 where there is none.
     """
     # A maximum is NaN or +inf if any element is.
-    is_finite = jnp.isfinite(jnp.max(logits, axis=-1)) & jnp.isfinite(jnp.max(log_probs, axis=-1))
+    is_finite = jnp.isfinite(jnp.max(logits, axis=-1)) & jnp.isfinite(jnp.max(report, axis=-1))
     num_finite = jnp.sum(jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
     return draft._replace(length=jnp.minimum(draft.length, num_finite)), num_finite
 
@@ -506,7 +520,35 @@ def _truncate(
     has_eos = jnp.any(is_eos, axis=1)
     num_emitted = jnp.where(has_eos, jnp.argmax(is_eos, axis=1) + 1, num_emitted)
     new_status = jnp.where(has_eos, status.EOS, new_status)
+    if request.stop_sequences.shape[1]:
+        is_stop = _ends_stop_sequence(request, state, verdict.tokens)
+        is_stop = is_stop & (offsets < num_emitted[:, None])
+        has_stop = jnp.any(is_stop, axis=1)
+        # At the token of an EOS the row ends as one that has said what it had to say.
+        is_earlier = has_stop & ((jnp.argmax(is_stop, axis=1) + 1 < num_emitted) | ~has_eos)
+        num_emitted = jnp.where(is_earlier, jnp.argmax(is_stop, axis=1) + 1, num_emitted)
+        new_status = jnp.where(is_earlier, status.STOP, new_status)
     return num_emitted.astype(jnp.int32), new_status.astype(jnp.int32)
+
+
+def _ends_stop_sequence(request: Request, state: State, tokens: Array) -> Array:
+    """Whether the output ends in a stop sequence behind each of `tokens` i32[B, K + 1], bool.
+
+    A sequence counts where all of it is output: what the prompt ends in is no part of it.
+    """
+    size = request.stop_sequences.shape[2]
+
+    def of_row(row, length, prompt_length, new, sequences):
+        at = length - (size - 1) + jnp.arange(size - 1, dtype=jnp.int32)
+        before = jnp.where(at >= prompt_length, row[jnp.maximum(at, 0)], NO_TOKEN)
+        text = jnp.concatenate([before, new])
+        ends = jax.vmap(lambda i: lax.dynamic_slice(text, (i,), (size,)))(jnp.arange(new.shape[0]))
+        is_same = (ends[:, None] == sequences[None]) | (sequences == NO_TOKEN)[None]
+        return jnp.any(jnp.all(is_same, axis=2), axis=1)
+
+    return jax.vmap(of_row)(
+        state.tokens, state.lengths, request.prompt_lengths, tokens, request.stop_sequences
+    )
 
 
 def _write(

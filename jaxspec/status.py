@@ -9,16 +9,20 @@ EOS = 1
 LENGTH = 2
 """The row emitted `max_new_tokens` tokens."""
 NONFINITE = 3
-"""The target's logits held NaN or +inf; what was emitted before is kept."""
+"""The target's logits held NaN or +inf, or bans left no token; what was emitted before is kept."""
+STOP = 4
+"""The row emitted one of its stop sequences."""
 
 MESSAGES: dict[int, str] = {
     RUNNING: "still running",
     EOS: "stopped at an end-of-sequence token",
     LENGTH: "stopped at max_new_tokens",
     NONFINITE: (
-        "stopped because the target's logits were NaN or infinite; the tokens before are kept. "
-        "Check the model's weights and its dtype."
+        "stopped because the target's logits were NaN or infinite, or the sampling options banned "
+        "every token; the tokens before are kept. Check the options, the model's weights and its "
+        "dtype."
     ),
+    STOP: "stopped at a stop sequence",
 }
 
 

@@ -232,7 +232,8 @@ class Context(NamedTuple):
       lengths: i32[B], the committed tokens of each row; the last of them is pending: no model has
         been fed it yet.
       sampling: the resolved `jaxspec.sampling.Options` of each row.
-      history: the `jaxspec.sampling.History` of each row.
+      history: the `jaxspec.sampling.History` of each row: the committed text as options that look
+        back see it. `jaxspec.sampling.process_rows` makes a law of logits with both.
       noise_keys: key[B, K], what the verifier will draw the tokens at the drafted offsets with,
         where it shares its noise (`verifiers.match`): a drafter that runs
         `jaxspec.drawing.race` with `gumbel_noise` of these keys agrees with it more often. None:

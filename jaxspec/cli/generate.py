@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -140,12 +141,10 @@ def _policy(arguments: argparse.Namespace, num_draft_tokens: int) -> Policy:
 
 def sampling_options(arguments: argparse.Namespace) -> jaxspec.Sampling:
     """Greedy unless an option asks for drawing; options that were not given stay neutral."""
-    chosen = {
-        name: value
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        if (value := getattr(arguments, name)) is not None
-    }
-    draws = chosen.keys() & {"top_k", "top_p", "min_p"}
+    names = (option.name for option in dataclasses.fields(jaxspec.Sampling))
+    given = {name: getattr(arguments, name, None) for name in names}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    draws = chosen.keys() & {"top_k", "top_p", "min_p", "typical_p"}
     return jaxspec.Sampling(**({"temperature": 1.0 if draws else 0} | chosen))
 
 

@@ -156,8 +156,8 @@ def _add_generate(commands: Any) -> None:
         "--temperature",
         metavar="F",
         type=_number(float, lambda x: x >= 0, "at least 0"),
-        help="0 always takes the likeliest token (default: 0, or 1 with --top-k, --top-p or "
-        "--min-p)",
+        help="0 always takes the likeliest token (default: 0, or 1 with --top-k, --top-p, "
+        "--min-p or --typical-p)",
     )
     sampling.add_argument(
         "--top-k",
@@ -178,10 +178,40 @@ def _add_generate(commands: Any) -> None:
         help="draw from tokens at least F times as likely as the likeliest",
     )
     sampling.add_argument(
+        "--typical-p",
+        metavar="F",
+        type=_number(float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        help="draw from the tokens of most typical surprise that have probability F together",
+    )
+    sampling.add_argument(
         "--repetition-penalty",
         metavar="F",
         type=_number(float, lambda x: x > 0, "above 0"),
         help="above 1 makes tokens that occurred already less likely",
+    )
+    sampling.add_argument(
+        "--presence-penalty",
+        metavar="F",
+        type=_number(float, lambda x: True, "that is finite"),
+        help="above 0 makes tokens that were written already less likely",
+    )
+    sampling.add_argument(
+        "--frequency-penalty",
+        metavar="F",
+        type=_number(float, lambda x: True, "that is finite"),
+        help="the same, for each time they were written",
+    )
+    sampling.add_argument(
+        "--no-repeat-ngram-size",
+        metavar="N",
+        type=_number(int, lambda x: x >= 0, "at least 0"),
+        help="never write the same N tokens in a row twice",
+    )
+    sampling.add_argument(
+        "--min-new-tokens",
+        metavar="N",
+        type=_number(int, lambda x: x >= 0, "at least 0"),
+        help="do not end before so many tokens",
     )
     sampling.add_argument(
         "--seed",

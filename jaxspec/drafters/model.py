@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec import drawing, pytree, sampling
-from jaxspec.sampling import Sampling, check
+from jaxspec.sampling import Sampling, check, processing
 from jaxspec.types import PREFILL_CHUNK, Cache, Context, Draft, LanguageModel, Outcome, Signals
 
 Array: TypeAlias = jax.Array
@@ -103,8 +103,13 @@ class ModelDrafter:
         options, history = context.sampling, context.history
         if self.options is not None:
             options = sampling.spread(self.options, batch, whose="the drafter's ")
-            history = sampling.init_history(
-                options, context.tokens, context.lengths, self.lm.vocab_size
+            history = sampling.recall(
+                options,
+                context.tokens,
+                context.lengths,
+                vocab_size=self.lm.vocab_size,
+                prompt_lengths=history.prompt_length,
+                eos_ids=history.eos_ids,
             )
         shape = (batch, num_slots, self.lm.vocab_size)
         log_probs = None if options.is_greedy else jnp.full(shape, -jnp.inf, jnp.float32)
@@ -129,10 +134,11 @@ class ModelDrafter:
             prefix = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (num_slots,)))(
                 progress.tokens, context.lengths
             )
-            scores = jax.vmap(sampling.process)(
+            scores, report = processing.process_rows(
                 output.logits[:, 0], options, history, prefix, slot
-            ).log_probs
-            goes_on = keep_drafting(Signals(slot, scores))
+            )
+            # Where bans leave no token, there is nothing to draw.
+            goes_on = keep_drafting(Signals(slot, scores)) & jnp.isfinite(jnp.max(report, axis=-1))
             is_open = progress.is_open & (goes_on | ~has_next)
             draws = has_next & is_open
             if progress.log_probs is None:
@@ -268,4 +274,4 @@ def model(lm: LanguageModel, *, sampling: Sampling | None = None) -> ModelDrafte
         )
     if sampling is not None and not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a jaxspec.Sampling, got {type(sampling).__name__}.")
-    return ModelDrafter(lm, None if sampling is None else check(sampling))
+    return ModelDrafter(lm, None if sampling is None else check(sampling, lm.vocab_size))

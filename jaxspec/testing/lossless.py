@@ -88,6 +88,7 @@ def check_lossless(
     max_new_tokens: int = 4,
     num_draft_tokens: int = 3,
     eos_ids: Sequence[int] | int | None = None,
+    stop_sequences: Sequence[Sequence[int]] = (),
     num_samples: int | None = None,
     false_alarm: float = FALSE_ALARM,
     key: Any = None,
@@ -111,6 +112,7 @@ def check_lossless(
       max_new_tokens: T.
       num_draft_tokens: K.
       eos_ids: None: the target's; (): texts never end early.
+      stop_sequences: token-id lists, the same for all prompts.
       num_samples: rows for each prompt; None: enough to see a law that is off by a total
         variation of 0.03 with probability 0.99, but at most 200,000 (the report says what would be
         seen).
@@ -140,7 +142,14 @@ def check_lossless(
         raise ValueError(f"num_samples must be a whole number of at least 1, got {num_samples}.")
     num_kinds = len(prompts)
     oracles = [
-        Oracle(target, prompt, max_new_tokens, per_prompt(sampling, i, num_kinds), eos_ids=eos_ids)
+        Oracle(
+            target,
+            prompt,
+            max_new_tokens,
+            per_prompt(sampling, i, num_kinds),
+            eos_ids=eos_ids,
+            stop_sequences=stop_sequences,
+        )
         for i, prompt in enumerate(prompts)
     ]
     if num_samples is None:
@@ -151,6 +160,7 @@ def check_lossless(
         "sampling": per_prompt(sampling, kind, num_kinds),
         "max_new_tokens": max_new_tokens,
         "eos_ids": eos_ids,
+        "stop_sequences": stop_sequences,
         "pad_id": _PAD,
         "verifier": verifier,
     }

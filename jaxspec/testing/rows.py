@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from jaxspec.sampling import Sampling
+from jaxspec.sampling.options import ROW_AXES
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -46,11 +47,18 @@ def per_prompt(sampling: Sampling, kind: Array | int, num_prompts: int) -> Sampl
     selected = {}
     for field in dataclasses.fields(sampling):
         value = getattr(sampling, field.name)
+        is_list = field.name in ROW_AXES and not hasattr(value, "shape")
+        if field.name == "processor" or is_list:  # one for all
+            selected[field.name] = value
+            continue
         shape = np.shape(value)
-        if shape not in ((), (num_prompts,)):
+        row_axes = ROW_AXES.get(field.name, 0)
+        if len(shape) not in (row_axes, row_axes + 1) or (
+            len(shape) > row_axes and shape[0] != num_prompts
+        ):
             raise ValueError(
-                f"{field.name} must be one number or an array of one number a prompt, "
-                f"({num_prompts},); got {shape}."
+                f"{field.name} must be one value for all or an array of one a prompt, of "
+                f"{num_prompts}; got {shape}."
             )
-        selected[field.name] = np.asarray(value)[kind] if shape else value
+        selected[field.name] = np.asarray(value)[kind] if len(shape) > row_axes else value
     return Sampling(**selected)

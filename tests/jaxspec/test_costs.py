@@ -317,8 +317,8 @@ def fill(drafter, tokens, num_tokens, *, capacity):
 @functools.partial(jax.jit, static_argnames="num_slots")
 def propose(drafter, state, tokens, lengths, num_draft, *, num_slots):
     batch = tokens.shape[0]
-    options = sampling.resolve(GREEDY, batch)
-    context = Context(tokens, lengths, options, sampling.History(None))
+    options = sampling.resolve(GREEDY, batch, 32)
+    context = Context(tokens, lengths, options, sampling.recall(options, tokens, lengths))
     keys = jax.random.split(jax.random.key(0), (batch, num_slots))
     return drafter.propose(
         keys, state, context, num_draft, lambda signals: signals.slot < num_slots

@@ -166,7 +166,7 @@ class Rounds:
     def __init__(self, module, options, stop_at=None):
         self.rng = np.random.default_rng(7)
         self.drafter = module.model(LM)
-        self.options = sampling.resolve(options, ROWS)
+        self.options = sampling.resolve(options, ROWS, V)
         self.texts = [self.rng.integers(V, size=n).tolist() for n in (1, 4, 9)]
         self.stop_at = jnp.asarray([K] * ROWS if stop_at is None else stop_at)
         self.state = self.drafter.init(ROWS, CAPACITY)
@@ -197,7 +197,8 @@ class Rounds:
     def round(self, num_draft, accept, active=(True,) * ROWS, seed=0):
         """One round; asserts every token fed, the forwards, the length and the law."""
         tokens, lengths = self.context()
-        context = Context(tokens, lengths, self.options, sampling.History(None))
+        history = sampling.recall(self.options, tokens, lengths)
+        context = Context(tokens, lengths, self.options, history)
         draft, self.state = self.propose(
             split_keys(ROWS, seed), self.state, context, jnp.asarray(num_draft)
         )
@@ -309,7 +310,9 @@ def test_a_minimal_model_drafts_the_same():
         drafter = drafters.model(lm)
         state = drafter.init(ROWS, 20)
         state = drafter.prefill(state, tokens[:, :8], (), jnp.zeros(ROWS, jnp.int32), lengths - 3)
-        context = Context(tokens, lengths, sampling.resolve(SAMPLED, ROWS), sampling.History(None))
+        options = sampling.resolve(SAMPLED, ROWS, V)
+        history = sampling.recall(options, tokens, lengths)
+        context = Context(tokens, lengths, options, history)
         num_draft = jnp.array([4, 0, 2])
         propose = jax.jit(lambda *args, drafter=drafter: drafter.propose(*args, always)[0])
         drafts.append(propose(split_keys(ROWS), state, context, num_draft))
@@ -330,7 +333,8 @@ def test_the_laws_of_a_draft_are_normalised():
     """Slots beyond `length` hold no law; those below hold one that sums to one."""
     rounds = Rounds(model_module, SAMPLED)
     tokens, lengths = rounds.context()
-    context = Context(tokens, lengths, rounds.options, sampling.History(None))
+    history = sampling.recall(rounds.options, tokens, lengths)
+    context = Context(tokens, lengths, rounds.options, history)
     draft, _ = rounds.propose(split_keys(ROWS), rounds.state, context, jnp.array([4, 1, 0]))
     assert isinstance(draft, Draft)
     sums = jnp.sum(jnp.exp(draft.log_probs), axis=-1)

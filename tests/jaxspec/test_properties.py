@@ -241,9 +241,9 @@ _logits = hnp.arrays(np.int64, (V,), elements=st.integers(-6, 6)).map(
 
 
 @jax.jit
-def _process(logits, options, seen):
-    history = sampling.History(seen)
-    return sampling.process(logits, options, history, jnp.zeros((0,), jnp.int32), 0).log_probs
+def _process(logits, options, tokens, length):
+    history = sampling.recall(options, tokens, length, vocab_size=V)
+    return sampling.process_rows(logits, options, history).log_probs
 
 
 @_SETTINGS
@@ -273,12 +273,12 @@ def test_options_are_the_oracle_s(
     except ValueError:  # rounding decides
         assume(False)
     options = sampling.resolve(
-        sampling.Sampling(**{name: np.array([value]) for name, value in values.items()}), 1
+        sampling.Sampling(**{name: np.array([value]) for name, value in values.items()}), 1, V
     )
-    seen = np.zeros(V, bool)
-    seen[context] = True
-    row = jax.tree.map(lambda x: x[0], options)
-    ours = np.exp(np.asarray(_process(jnp.asarray(logits), row, jnp.asarray(seen)), np.float64))
+    tokens = np.zeros((1, 4), np.int32)
+    tokens[0, : len(context)] = context
+    law = _process(jnp.asarray(logits)[None], options, tokens, np.array([len(context)], np.int32))
+    ours = np.exp(np.asarray(law[0], np.float64))
     np.testing.assert_allclose(ours, exact, atol=2e-6)
     assert ((ours > 0) == (exact > 0)).all()
 

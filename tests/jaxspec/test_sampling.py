@@ -7,6 +7,11 @@ import pytest
 from support.mutants import mutant
 
 from jaxspec import sampling
+from jaxspec.sampling import cuts, processing
+from jaxspec.testing import oracle
+
+_CUTS, _MEMORY = "jaxspec.sampling.cuts", "jaxspec.sampling.memory"
+_PENALTIES, _PROCESSING = "jaxspec.sampling.penalties", "jaxspec.sampling.processing"
 
 # ---------------------------------------------------------------------------------------------
 # The reference: sorts, loops, float64; HF's order of options.
@@ -45,7 +50,24 @@ def np_top_p(logits, p):
     return out, np.min(np.abs(ahead - p))
 
 
-def np_process(logits, temperature, top_k, top_p, min_p, penalty, seen):
+def np_typical(logits, p):
+    """Returns the cut logits, and how far p and the last distance are from a coin flip."""
+    if p >= 1:
+        return logits, 1.0
+    log_probs = np_log_softmax(logits)
+    probs = np.exp(log_probs)
+    surprise = -np.where(probs > 0, log_probs, 0.0)
+    distance = np.where(probs > 0, np.abs(surprise - np.sum(probs * surprise)), np.inf)
+    order = np.argsort(distance, kind="stable")
+    reached = np.cumsum(probs[order])
+    last = order[np.argmax(reached >= p)]
+    keep = (distance <= distance[last]) | (logits == logits[last])
+    others = np.abs(distance - distance[last])[logits != logits[last]]
+    margin = min(np.min(np.abs(reached - p)), np.min(others, initial=1.0))
+    return np.where(keep, logits, -np.inf), margin
+
+
+def np_process(logits, temperature, top_k, top_p, min_p, penalty, typical_p, seen):
     """The law, the report, and how far every float32 decision is from a tie."""
     logits = np_penalize(np.asarray(logits, np.float64), penalty, seen)
     if temperature == 0:
@@ -59,6 +81,8 @@ def np_process(logits, temperature, top_k, top_p, min_p, penalty, seen):
         margin = min(margin, np.min(distance[np.isfinite(distance)]))
     if min_p > 0:
         warped = np.where(warped - np.max(warped) >= np.log(min_p), warped, -np.inf)
+    warped, typical_margin = np_typical(warped, typical_p)
+    margin = min(margin, typical_margin)
     law = np_log_softmax(warped)
     return law, law, margin
 
@@ -78,6 +102,7 @@ def random_case(rng, vocab_size):
             float(np.float32(rng.choice([1.0, 1e-6, rng.uniform(0.02, 0.98)]))),
             float(np.float32(rng.choice([0.0, 1.0, 0.03, rng.uniform()]))),
             float(rng.choice([1.0, 1.25, 2.0, 0.5])),  # exact: no quotient is nearly a tie
+            float(np.float32(rng.choice([1.0, 1.0, rng.uniform(0.02, 0.98)]))),
         )
         committed = rng.integers(vocab_size, size=rng.integers(0, 5))
         prefix = rng.integers(vocab_size, size=4)
@@ -88,23 +113,30 @@ def random_case(rng, vocab_size):
             return logits, options, committed, prefix, prefix_length, law, report
 
 
-def check_process(module, *, vocab_size, rows, seed, dtype=jnp.float32):
+def history_of(options, committed, vocab_size, *, room=4, **kwargs):
+    """The history of texts given as lists."""
+    lengths = np.array([len(ids) for ids in committed], np.int32)
+    tokens = np.full((len(committed), lengths.max(initial=0) + room), 0, np.int32)
+    for row, ids in zip(tokens, committed, strict=True):
+        row[: len(ids)] = ids
+    return sampling.recall(
+        options, jnp.asarray(tokens), jnp.asarray(lengths), vocab_size=vocab_size, **kwargs
+    )
+
+
+def check_process(processing, *, vocab_size, rows, seed, dtype=jnp.float32):
     """`process` against the reference: the same support, and values to float32 rounding."""
     rng = np.random.default_rng(seed)
     cases = [random_case(rng, vocab_size) for _ in range(rows)]
     logits, options, committed, prefix, prefix_length, laws, reports = zip(*cases, strict=True)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "typical_p")
     columns = zip(*options, strict=True)
-    resolved = module.resolve(
-        module.Sampling(**{n: np.array(c) for n, c in zip(names, columns, strict=True)}), rows
-    )
-    seen = np.zeros((rows, vocab_size), bool)
-    for row, ids in enumerate(committed):
-        seen[row, ids] = True
-    scores = jax.jit(jax.vmap(module.process))(
+    given = sampling.Sampling(**{n: np.array(c) for n, c in zip(names, columns, strict=True)})
+    resolved = sampling.resolve(given, rows, vocab_size)
+    scores = jax.jit(processing.process_rows)(
         jnp.asarray(np.array(logits), dtype),
         resolved,
-        module.History(jnp.asarray(seen)),
+        history_of(resolved, committed, vocab_size),
         jnp.asarray(np.array(prefix), jnp.int32),
         jnp.asarray(prefix_length, jnp.int32),
     )
@@ -121,67 +153,252 @@ def check_process(module, *, vocab_size, rows, seed, dtype=jnp.float32):
 @pytest.mark.parametrize("vocab_size", [1, 2, 3, 7, 65, 1000])
 def test_process_is_the_reference(vocab_size):
     rows = 400 if vocab_size < 1000 else 40
-    check_process(sampling, vocab_size=vocab_size, rows=rows, seed=vocab_size)
+    check_process(processing, vocab_size=vocab_size, rows=rows, seed=vocab_size)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_logits_lose_nothing(dtype):
     """The grid's values are exact in either format, so the result may not differ."""
-    check_process(sampling, vocab_size=9, rows=300, seed=5, dtype=dtype)
+    check_process(processing, vocab_size=9, rows=300, seed=5, dtype=dtype)
 
 
 @pytest.mark.parametrize(
-    "patch",
+    ("module", "patch"),
     [
         # the token that crosses top_p is dropped
-        ("(keys > threshold) | (is_tie & stays)", "(keys > threshold)"),
+        (_CUTS, ("(keys > threshold) | (is_tie & stays)", "(keys > threshold)")),
         # of ties, one too many
-        ("ids > last_left_out", "ids >= last_left_out"),
+        (_CUTS, ("ids > last_left_out", "ids >= last_left_out")),
+        # ties of the k-th token are lost
+        (_CUTS, ("(keys >= threshold) | (k == 0)", "(keys > threshold) | (k == 0)")),
+        # min-p is not relative to the likeliest token
+        (_CUTS, ("jnp.max(logits) + jnp.log(p)", "jax.nn.logsumexp(logits) + jnp.log(p)")),
+        # typical-p keeps the likeliest tokens
+        (_CUTS, ("-jnp.abs(-log_probs - entropy)", "log_probs")),
+        # typical-p is of what was there before the other cuts
+        (
+            _PROCESSING,
+            (
+                "warped = cuts.keep_typical(warped, options.typical_p)",
+                "warped = jnp.where(jnp.isfinite(cuts.keep_typical(logits / jnp.where("
+                "is_greedy_row, 1.0, options.temperature), options.typical_p)), warped, -jnp.inf)",
+            ),
+        ),
         # top-p looks at the logits before temperature
         (
-            "warped = keep_top_p(warped, options.top_p)",
-            "warped = jnp.where(jnp.isfinite(keep_top_p(logits, options.top_p)), warped, -jnp.inf)",
+            _PROCESSING,
+            (
+                "warped = cuts.keep_top_p(warped, options.top_p)",
+                "warped = jnp.where(jnp.isfinite(cuts.keep_top_p(logits, options.top_p)), "
+                "warped, -jnp.inf)",
+            ),
         ),
-        # ties of the k-th token are lost
-        ("(keys >= threshold) | (k == 0)", "(keys > threshold) | (k == 0)"),
-        # min-p is not relative to the likeliest token
-        (
-            "jnp.max(warped) + jnp.log(options.min_p)",
-            "jax.nn.logsumexp(warped) + jnp.log(options.min_p)",
-        ),
-        # the drafted prefix is not penalised; one token too many is; twice is not once
-        ("< prefix_length", "< 0"),
-        ("< prefix_length", "<= prefix_length"),
-        ("raw = logits[", "raw = out["),
+        # the drafted prefix is not penalised; one token too many is
+        (_MEMORY, ("prefix[None], prefix_length[None])", "prefix[None], 0 * prefix_length[None])")),
+        (_MEMORY, ("prefix[None], prefix_length[None])", "prefix[None], prefix_length[None] + 1)")),
         # greedy rows by a sentinel temperature
-        ("jnp.where(is_greedy_row, _point_mass(logits)", "jnp.where(is_greedy_row, log_probs"),
+        (
+            _PROCESSING,
+            ("jnp.where(is_greedy_row, _point_mass(logits)", "jnp.where(is_greedy_row, log_probs"),
+        ),
         # greedy rows report their point mass
-        ("jnp.where(is_greedy_row, log_softmax(logits)", "jnp.where(is_greedy_row, log_probs"),
+        (
+            _PROCESSING,
+            (
+                "jnp.where(is_greedy_row, cuts.log_softmax(logits)",
+                "jnp.where(is_greedy_row, log_probs",
+            ),
+        ),
     ],
 )
-def test_planted_bugs_are_seen(patch):
+def test_planted_bugs_are_seen(module, patch):
     with pytest.raises(AssertionError):
-        check_process(mutant("jaxspec.sampling", patch), vocab_size=7, rows=400, seed=7)
+        check_process(mutant_of(module, patch), vocab_size=7, rows=400, seed=7)
+
+
+def mutant_of(module, patch):
+    """`processing`, or the shipped one with a mutant of a module that it uses."""
+    return mutant(_PROCESSING, patch, within=None if module == _PROCESSING else module)
+
+
+# ---------------------------------------------------------------------------------------------
+# What looks back.
+
+
+def check_penalties(processing, *, rows=600, vocab_size=5, seed=0):
+    """Every option that changes logits, alone and together, against the oracle's."""
+    rng = np.random.default_rng(seed)
+    sometimes = lambda value: value * (rng.random(rows) < 0.5)  # noqa: E731
+    given = {
+        "repetition_penalty": rng.choice([1.0, 1.5, 0.7], rows),
+        "presence_penalty": sometimes(rng.choice([0.5, -1.25], rows)),
+        "frequency_penalty": sometimes(rng.choice([0.75, -0.5], rows)),
+        "no_repeat_ngram_size": rng.integers(0, 5, rows),
+        "min_new_tokens": rng.integers(0, 6, rows),
+        "logit_bias": rng.choice([0.0, 0.0, 1.5, -2.0, -np.inf], (rows, vocab_size)),
+        "bad_words": rng.integers(-1, vocab_size, (rows, 2, 3)),
+        "suppress_tokens": np.where(
+            rng.random((rows, 2)) < 0.8, -1, rng.integers(5, size=(rows, 2))
+        ),
+    }
+    given["bad_words"][:, :, 1] = np.where(
+        given["bad_words"][:, :, 2] < 0, -1, given["bad_words"][:, :, 1]
+    )
+    given["bad_words"][:, :, 0] = np.where(
+        given["bad_words"][:, :, 1] < 0, -1, given["bad_words"][:, :, 0]
+    )
+    committed = [rng.integers(vocab_size, size=rng.integers(1, 9)) for _ in range(rows)]
+    prompt_lengths = np.array([rng.integers(0, len(ids)) + 1 for ids in committed])
+    prefix = rng.integers(vocab_size, size=(rows, 4))
+    prefix_length = rng.integers(0, 5, size=rows)
+    for row in range(20):  # a text of one token, and a bad word that begins with it twice
+        token = row % vocab_size
+        committed[row], prompt_lengths[row], prefix_length[row] = np.array([token]), 1, 0
+        given["bad_words"][row, 0] = [token, token, (token + 1) % vocab_size]
+    eos_ids = np.array([0, 3])
+    logits = rng.normal(0, 2, (rows, vocab_size)).astype(np.float32)
+    resolved = sampling.resolve(sampling.Sampling(**given), rows, vocab_size)
+    history = history_of(
+        resolved, committed, vocab_size,
+        prompt_lengths=jnp.asarray(prompt_lengths, jnp.int32), eos_ids=jnp.asarray(eos_ids),
+    )  # fmt: skip
+    scores = jax.jit(processing.process_rows)(
+        jnp.asarray(logits), resolved, history, jnp.asarray(prefix, jnp.int32), prefix_length
+    )
+    for row in range(rows):
+        law = oracle.next_token_law(
+            logits[row],
+            [*committed[row], *prefix[row, : prefix_length[row]]],
+            prompt_length=prompt_lengths[row],
+            eos_ids=eos_ids.tolist(),
+            **{name: value[row] for name, value in given.items()},
+        )
+        got = np.exp(np.asarray(scores.log_probs[row], np.float64))
+        if not law.any():
+            assert np.isnan(got).all()  # the loop stops such a row
+            continue
+        np.testing.assert_array_equal(got > 0, law > 0)
+        np.testing.assert_allclose(got, law, rtol=1e-4, atol=1e-6)
+
+
+def test_penalties_are_the_oracles():
+    check_penalties(processing)
+
+
+@pytest.mark.parametrize(
+    ("module", "patch"),
+    [
+        (_PENALTIES, ("jnp.where(logits > 0, logits / penalty, logits * penalty)",
+                      "logits / penalty")),
+        (_PENALTIES, ("counts.astype(jnp.float32)", "(counts > 0).astype(jnp.float32)")),
+        (_PENALTIES, ("jnp.where(counts > 0, penalty, 0.0)",
+                      "penalty * counts.astype(jnp.float32)")),
+        # an n-gram's ban comes one token late, or looks at one token too few
+        (_PENALTIES, ("text.tokens[text.length - back]", "text.tokens[text.length - back - 1]")),
+        (_PENALTIES, ("jnp.minimum(size, text.length)", "jnp.minimum(size - 1, text.length)")),
+        (_PENALTIES, ("(slots < text.length) & (size > 0)", "(size > 0)")),
+        # a bad word is one beginning at the start of the text, too
+        (_PENALTIES, ("jnp.where(at >= 0, text.tokens[jnp.maximum(at, 0)], NO_ID)",
+                      "text.tokens[jnp.maximum(at, 0)]")),
+        (_PENALTIES, ("| (beginnings == NO_ID)", "")),
+        (_PENALTIES, ("history.length + num_more - history", "history.length - history")),
+        (_PENALTIES, ("num_new < min_new_tokens", "num_new <= min_new_tokens")),
+        # output penalties count the prompt; drafts are not counted
+        (_MEMORY, ("at = jnp.where(offsets < prefix_length", "at = jnp.where(offsets < 0")),
+        (_MEMORY, ("prefix[None], prefix_length[None])", "prefix[None], 0 * prefix_length[None])")),
+        (_PROCESSING, ("logits = logits + options.logit_bias", "pass")),
+        (_PROCESSING, ("logits = penalties.ban(logits, options.suppress_tokens)", "pass")),
+    ],
+)  # fmt: skip
+def test_planted_bugs_in_penalties_are_seen(module, patch):
+    with pytest.raises(AssertionError):
+        check_penalties(mutant_of(module, patch))
+
+
+def test_output_penalties_do_not_count_the_prompt():
+    logits = jnp.zeros((1, 4))
+    options = sampling.resolve(sampling.Sampling(presence_penalty=1.0), 1, 4)
+    history = history_of(options, [[0, 0, 1]], 4, prompt_lengths=jnp.array([2]))
+    law = np.exp(processing.process_rows(logits, options, history).log_probs[0])
+    np.testing.assert_allclose(law, np.exp([0, -1, 0, 0]) / (3 + np.exp(-1)), rtol=1e-6)
+
+
+def _favour_the_last(parameters, text, logits):
+    """A user's processor: pushes towards the token that stands before, and away from the first."""
+    last = text.tokens[text.length - 1]
+    return logits.at[last].add(parameters["push"]).at[text.tokens[0]].set(-jnp.inf)
+
+
+def test_a_users_processor_sees_the_drafts():
+    processor = jax.tree_util.Partial(_favour_the_last, {"push": jnp.float32(2.0)})
+    options = sampling.resolve(sampling.Sampling(processor=processor), 2, 4)
+    history = history_of(options, [[3, 1], [2]], 4)
+    run = jax.jit(processing.process_rows)
+    scores = run(
+        jnp.zeros((2, 4)), options, history, jnp.array([[2, 0], [0, 1]]), jnp.array([1, 2])
+    )
+    expected = np.exp([[0.0, 0, 2, -np.inf], [0, 2, -np.inf, 0]])
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.exp(scores.log_probs), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"typical_p": 0.0}, r"typical_p must be in \(0, 1\]"),
+        ({"presence_penalty": np.inf}, "presence_penalty must be a finite number"),
+        ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size must be a whole number"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be a whole number"),
+        ({"logit_bias": {9: 1.0}}, "logit_bias holds the token id 9; the target's ids are 0 … 3"),
+        ({"logit_bias": np.zeros(3)}, r"logit_bias must be .* with V = 4; got shape \(3,\)"),
+        ({"logit_bias": np.full(4, np.inf)}, "logit_bias must hold numbers, or -inf"),
+        ({"logit_bias": np.zeros((3, 4))}, r"logit_bias must be one value .* shape \(2, 4\)"),
+        ({"bad_words": [[]]}, "bad_words must be a list of token-id lists"),
+        ({"bad_words": [1, 2]}, "bad_words must be a list of token-id lists"),
+        ({"bad_words": [[1], [2, 4]]}, "bad_words holds the token id 4"),
+        ({"bad_words": [[0.5]]}, "bad_words must be token ids"),
+        ({"suppress_tokens": [-2]}, "suppress_tokens holds the token id -2"),
+        ({"suppress_tokens": 3}, "suppress_tokens must be token ids"),
+        ({"processor": 3}, "processor must be a function"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.resolve(sampling.Sampling(**options), 2, 4)
+
+
+def test_empty_lists_switch_an_option_off():
+    given = sampling.Sampling(logit_bias={}, bad_words=[], suppress_tokens=())
+    assert jax.tree.leaves(sampling.resolve(given, 2, 4)) == []
+
+
+def test_options_pass_through_jit():
+    """Lists and dictionaries may be traced, too: their values are data."""
+    given = sampling.Sampling(logit_bias={1: 2.0}, bad_words=[[0, 1], [2]], suppress_tokens=[3])
+    inside = jax.jit(lambda given: sampling.resolve(given, 2, 4))(given)
+    outside = sampling.resolve(given, 2, 4)
+    for name in ("logit_bias", "bad_words", "suppress_tokens"):
+        np.testing.assert_array_equal(getattr(inside, name), getattr(outside, name))
 
 
 # ---------------------------------------------------------------------------------------------
 # Hand-computed values and extremes.
 
 
-PROCESS = jax.jit(sampling.process)
+PROCESS = jax.jit(processing.process_rows)
 
 
-def law(logits, *, prefix=(), prefix_length=0, seen=None, **options):
+def law(logits, *, prefix=(), prefix_length=0, seen=(), **options):
     """The probabilities of one row."""
-    resolved = jax.tree.map(lambda x: x[0], sampling.resolve(sampling.Sampling(**options), 1))
+    resolved = sampling.resolve(sampling.Sampling(**options), 1, len(logits))
     scores = PROCESS(
-        jnp.asarray(logits, jnp.float32),
+        jnp.asarray(logits, jnp.float32)[None],
         resolved,
-        sampling.History(seen),
-        jnp.asarray(prefix, jnp.int32).reshape(-1),
+        history_of(resolved, [seen], len(logits)),
+        jnp.asarray(prefix, jnp.int32).reshape(1, -1),
         prefix_length,
     )
-    return np.exp(np.asarray(scores.log_probs))
+    return np.exp(np.asarray(scores.log_probs[0]))
 
 
 PROBS = [0.4, 0.3, 0.2, 0.1]
@@ -235,8 +452,7 @@ def test_ties():
 
 def test_repetition_penalty_by_hand():
     """Positive logits are divided, negative ones multiplied, each token once."""
-    seen = jnp.array([True, False, False, False])
-    out = law([2.0, -1.0, 1.0, 0.0], repetition_penalty=2.0, seen=seen, prefix=[1, 1, 0, 2],
+    out = law([2.0, -1.0, 1.0, 0.0], repetition_penalty=2.0, seen=[0], prefix=[1, 1, 0, 2],
               prefix_length=3)  # fmt: skip
     np.testing.assert_allclose(out, np.exp(np_log_softmax(np.array([1.0, -2.0, 1.0, 0.0]))), 1e-6)
 
@@ -266,10 +482,12 @@ def test_tiny_top_p_keeps_the_likeliest_token():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nonfinite_rows_disturb_no_other(bad):
     options = sampling.resolve(
-        sampling.Sampling(temperature=np.ones(2), top_k=2, top_p=0.5, min_p=0.1), 2
+        sampling.Sampling(temperature=np.ones(2), top_k=2, top_p=0.5, min_p=0.1, typical_p=0.9),
+        2,
+        3,
     )
-    run = jax.jit(jax.vmap(sampling.process, in_axes=(0, 0, None, None, None)))
-    nothing = (sampling.History(None), jnp.zeros(0, jnp.int32), 0)
+    run = jax.jit(processing.process_rows)
+    nothing = (history_of(options, [[], []], 3),)
     good = np.array([0.1, 3.0, 0.2], np.float32)
     one = run(jnp.asarray([good, [0.0, bad, 1.0]], jnp.float32), options, *nothing)
     two = run(jnp.asarray([good, good]), options, *nothing)
@@ -278,18 +496,24 @@ def test_nonfinite_rows_disturb_no_other(bad):
 
 def test_options_that_are_off_leave_no_trace():
     def lowered(**options):
-        resolved = jax.tree.map(lambda x: x[0], sampling.resolve(sampling.Sampling(**options), 1))
-        nothing = (sampling.History(None), jnp.zeros(3, jnp.int32))
+        resolved = sampling.resolve(sampling.Sampling(**options), 1, 300)
+        drafts = jnp.zeros((1, 3), jnp.int32)
         return (
-            jax.jit(lambda x, o, n: sampling.process(x, o, *nothing, n))
-            .lower(jnp.zeros(300), resolved, jnp.int32(1))
+            jax.jit(processing.process_positions)
+            .lower(jnp.zeros((1, 4, 300)), resolved, history_of(resolved, [[1]], 300), drafts)
             .as_text()
         )
 
-    # Data may be any temperature: still nothing that looks for a threshold.
-    for text in (lowered(), lowered(temperature=0.7), lowered(temperature=0, top_k=5, top_p=0.5)):
-        assert not [word for word in ("while", "sort", "top_k", "scatter") if word in text]
+    # Data may be any temperature: still nothing that looks for a threshold or back.
+    neutral = {"logit_bias": {}, "bad_words": [], "suppress_tokens": (), "typical_p": 1}
+    for text in (
+        lowered(),
+        lowered(temperature=0.7, **neutral),
+        lowered(temperature=0, top_k=5, top_p=0.5, typical_p=0.5),
+    ):
+        assert not [word for word in ("while", ".sort", "top_k", "scatter") if word in text]
     assert "while" in lowered(top_k=5)
+    assert "scatter" in lowered(frequency_penalty=0.5)
     assert "divide" not in lowered()
 
 
@@ -307,7 +531,7 @@ def test_top_k_keeps_what_a_sort_would():
     x[rng.random(x.shape) < 0.1] = -np.inf
     x[100:] = np.sign(x[100:]) * np.round(np.log2(1 + np.abs(x[100:])) / 16)
     k = rng.integers(0, 40, size=200)
-    kept = np.asarray(jax.jit(jax.vmap(sampling.keep_top_k))(jnp.asarray(x), jnp.asarray(k)))
+    kept = np.asarray(jax.jit(jax.vmap(cuts.keep_top_k))(jnp.asarray(x), jnp.asarray(k)))
     np.testing.assert_array_equal(kept, np.array(list(map(np_top_k, x, k))))
 
 
@@ -322,7 +546,7 @@ def test_top_k_orders_denormals_as_the_backend_does():
     @jax.vmap
     def run(x, k):
         by_sort = x >= jnp.sort(x)[x.shape[0] - k]
-        return jnp.isfinite(sampling.keep_top_k(x, k)), by_sort
+        return jnp.isfinite(cuts.keep_top_k(x, k)), by_sort
 
     kept, by_sort = run(jnp.asarray(x), jnp.asarray(k))
     np.testing.assert_array_equal(kept, by_sort)
@@ -333,13 +557,15 @@ def test_top_k_orders_denormals_as_the_backend_does():
 
 
 def test_resolve():
-    options = sampling.resolve(sampling.Sampling(), 3)
+    options = sampling.resolve(sampling.Sampling(), 3, 6)
     assert jax.tree.leaves(options) == []
-    options = sampling.resolve(sampling.Sampling(temperature=0, top_k=3, top_p=0.5, min_p=0.1), 3)
+    options = sampling.resolve(
+        sampling.Sampling(temperature=0, top_k=3, top_p=0.5, min_p=0.1), 3, 6
+    )
     assert options.is_greedy
     assert jax.tree.leaves(options) == []
     options = sampling.resolve(
-        sampling.Sampling(0.5, np.array([1, 2, 3]), jnp.float32(1.0), np.float32(0), 1.5), 3
+        sampling.Sampling(0.5, np.array([1, 2, 3]), jnp.float32(1.0), np.float32(0), 1.5), 3, 6
     )
     assert [x.dtype for x in jax.tree.leaves(options)] == [
         jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.float32
@@ -352,14 +578,20 @@ def test_resolve():
     assert sampling.Sampling(temperature=0.0).is_greedy
 
 
-def test_history():
-    options = sampling.resolve(sampling.Sampling(repetition_penalty=1.2), 2)
-    prompts = jnp.array([[1, 1, 4], [2, 3, 0]])
-    history = sampling.init_history(options, prompts, jnp.array([3, 1]), 6)
-    assert [np.flatnonzero(row).tolist() for row in history.seen] == [[1, 4], [2]]
-    emitted = jnp.array([[5, 0, -1], [-1, -1, -1]])
-    history = sampling.update_history(history, emitted, jnp.array([1, 0]))
-    assert [np.flatnonzero(row).tolist() for row in history.seen] == [[1, 4, 5], [2]]
-    off = sampling.init_history(sampling.resolve(sampling.Sampling(), 2), prompts, None, 6)
-    assert off.seen is None
-    assert sampling.update_history(off, emitted, jnp.array([1, 0])).seen is None
+def test_memory():
+    given = sampling.Sampling(repetition_penalty=1.2, presence_penalty=0.5)
+    options = sampling.resolve(given, 2, 6)
+    texts = [[1, 1, 4, 4], [2]]
+    memory = history_of(options, texts, 6, prompt_lengths=jnp.array([2, 1])).memory
+    assert [np.flatnonzero(row).tolist() for row in memory.seen] == [[1, 4], [2]]
+    assert memory.counts.tolist() == [[0, 0, 0, 0, 2, 0], [0] * 6]
+    emitted = jnp.array([[5, 4, -1], [-1, -1, -1]])
+    memory = sampling.remember(memory, emitted, jnp.array([2, 0]))
+    assert [np.flatnonzero(row).tolist() for row in memory.seen] == [[1, 4, 5], [2]]
+    assert memory.counts.tolist() == [[0, 0, 0, 0, 3, 1], [0] * 6]
+    off = history_of(sampling.resolve(sampling.Sampling(), 2, 6), texts, 6).memory
+    assert (
+        jax.tree.leaves(off)
+        == jax.tree.leaves(sampling.remember(off, emitted, jnp.array([1, 0])))
+        == []
+    )

@@ -1,12 +1,13 @@
 """The exactness matrix: drafters × verifiers × policies × options × batch mixes.
 
-One *run* is one call of `check_lossless`: a drafter, a verifier, a policy and a mix, with a row of
-the batch for every option, so that rows of all options are neighbours in one compiled program.
-One *cell* is one option of one run.
+One *run* is one call of `check_lossless`: a drafter, a verifier, a policy, a mix and a group of
+options, with a row of the batch for every option of the group, so that rows of all of them are
+neighbours in one compiled program. One *cell* is one option of one run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import NamedTuple
@@ -95,7 +96,15 @@ class Confident:
 # ---------------------------------------------------------------------------------------------
 # The axes.
 
-_OWN = Sampling(temperature=0.7, top_k=2, top_p=0.9, min_p=0.05, repetition_penalty=1.3)
+_OWN = Sampling(
+    temperature=0.7,
+    top_k=2,
+    top_p=0.9,
+    min_p=0.05,
+    repetition_penalty=1.3,
+    frequency_penalty=0.4,
+    min_new_tokens=2,
+)
 
 DRAFTERS = {
     "equal": lambda module=drafters: module.model(TARGET),
@@ -124,7 +133,7 @@ POLICIES = {
         policies.fixed(2), _PROFILE, allowance=0.1, pause=1, longest_pause=2
     ),
 }
-OPTIONS = {
+_DRAWING = {
     "temperature": {"temperature": 0.5},
     "top-k": {"top_k": 2},
     "top-p": {"top_p": 0.8},
@@ -140,9 +149,74 @@ OPTIONS = {
     },
     "greedy row": {"temperature": 0.0},
 }
-GREEDY_OPTIONS = {
-    "greedy row": {},
-    "greedy row, repetition penalty": {"repetition_penalty": 2.5},
+_BIAS, _BAD_WORDS = [1.2, -0.8, 0.0], [[-1, 0, 2], [2, 1, 1]]
+_LOOKING_BACK = {
+    "typical-p": {"typical_p": 0.5},
+    "presence penalty": {"presence_penalty": 1.5},
+    "frequency penalty": {"frequency_penalty": 0.9},
+    "no pair twice": {"no_repeat_ngram_size": 2},
+    "no token twice": {"no_repeat_ngram_size": 1},  # soon none is left, and the row stops
+    "logit bias": {"logit_bias": _BIAS},
+    "bad words": {"bad_words": _BAD_WORDS},
+    "suppressed token": {"suppress_tokens": [0]},
+    "min new tokens": {"min_new_tokens": 3},
+    # ten combinations
+    "three penalties": {
+        "repetition_penalty": 1.4,
+        "presence_penalty": 0.6,
+        "frequency_penalty": 0.5,
+    },
+    "rewards for repeating": {"presence_penalty": -0.8, "frequency_penalty": -0.4},
+    "greedy row with penalties": {"temperature": 0.0, "frequency_penalty": 0.7},
+    "frequency penalty and top-k": {"frequency_penalty": 0.8, "temperature": 0.7, "top_k": 2},
+    "presence penalty and top-p": {"presence_penalty": 1.1, "top_p": 0.8},
+    "typical-p behind top-p": {"temperature": 1.4, "top_p": 0.93, "typical_p": 0.7},
+    "bias under a penalty": {"logit_bias": _BIAS, "repetition_penalty": 1.8},
+    "no pair twice, no bad words": {"no_repeat_ngram_size": 2, "bad_words": _BAD_WORDS},
+    "min new tokens and a penalty": {"min_new_tokens": 2, "frequency_penalty": -1.0},
+    "everything": {
+        "logit_bias": _BIAS,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.2,
+        "no_repeat_ngram_size": 3,
+        "bad_words": _BAD_WORDS,
+        "min_new_tokens": 1,
+        "temperature": 1.3,
+        "top_k": 2,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "typical_p": 0.95,
+    },
+}
+
+
+def shy(text, logits):
+    """A user's processor: the token two places back is unlikely, and 1 never follows 1."""
+    before = text.tokens[jnp.maximum(text.length - 2, 0)]
+    last = text.tokens[text.length - 1]
+    logits = logits.at[before].add(-1.3)
+    return logits.at[jnp.where(last == 1, 1, logits.shape[0])].set(-jnp.inf, mode="drop")
+
+
+_PROCESSED = {
+    "processor": {},
+    "processor and penalties": {"repetition_penalty": 1.5, "frequency_penalty": 0.6},
+    "processor and cuts": {"temperature": 0.8, "top_k": 2, "min_p": 0.1},
+    "processor and greedy row": {"temperature": 0.0},
+}
+GROUPS = {"drawing": _DRAWING, "looking back": _LOOKING_BACK, "processed": _PROCESSED}
+_GREEDY_GROUPS = {
+    "drawing": {
+        "greedy row": {},
+        "greedy row, repetition penalty": {"repetition_penalty": 2.5},
+    },
+    "looking back": {
+        name: {key: value for key, value in options.items() if key != "temperature"}
+        for name, options in _LOOKING_BACK.items()
+        if not {"top_k", "top_p", "min_p", "typical_p"} & set(options)
+    },
+    "processed": {"processor": {}},
 }
 _LONG, _MIDDLE, _SHORT = (2, 0, 2), (0, 1), (2,)  # a token unseen in each: penalties show
 MIXES = {
@@ -151,7 +225,14 @@ MIXES = {
     "other lengths": ((_MIDDLE, _LONG, _SHORT), (VOCAB,)),
     "rows that stop early": ((_LONG, _SHORT, _MIDDLE), (1,)),
 }
-_NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+_NUMBERS = {
+    field.name: field.default for field in dataclasses.fields(Sampling) if field.default is not None
+}
+_ARRAYS = {
+    "logit_bias": [0.0] * VOCAB,
+    "bad_words": [[-1, -1, -1]] * 2,
+    "suppress_tokens": [-1],
+}
 
 
 class Run(NamedTuple):
@@ -159,6 +240,7 @@ class Run(NamedTuple):
     verifier: str
     policy: str
     mix: str
+    group: str = "drawing"
 
     def __str__(self):
         return ", ".join(self)
@@ -167,32 +249,36 @@ class Run(NamedTuple):
 def prompts_of(mix: str, options) -> list[tuple[int, ...]]:
     """One prompt for each option; the greedy row's ends in (0, 2)."""
     prompts = MIXES[mix][0]
-    numbers = {name: i for i, name in enumerate(OPTIONS)}
+    numbers = {name: i for group in GROUPS.values() for i, name in enumerate(group)}
     return [
         _LONG if "greedy" in name else prompts[numbers[name] % len(prompts)] for name in options
     ]
 
 
-def sampling_of(options: dict) -> Sampling:
+def sampling_of(options: dict, group: str = "drawing", **fixed) -> Sampling:
     """An array of one element for each option: data, one program for all."""
-    return Sampling(
-        **{
-            name: np.array([option.get(name, neutral) for option in options.values()])
-            for name, neutral in _NEUTRAL.items()
-        }
-    )
+    neutral = _NUMBERS | _ARRAYS
+    if group == "drawing":  # only what these options use: the rest is off
+        used = {name for option in _DRAWING.values() for name in option}
+        neutral = {name: value for name, value in _NUMBERS.items() if name in used}
+    if group == "processed":
+        fixed = fixed | {"processor": shy}
+    given = {
+        name: np.array([option.get(name, value) for option in options.values()])
+        for name, value in neutral.items()
+    }
+    return Sampling(**given | fixed)
 
 
 def check(
     run: Run, options=None, *, drafter=None, verifier=None, policy=None, generate=None, **kwargs
 ):
     """The `LosslessReport` of a run; strategies given by value replace those of its names."""
-    options = {name: OPTIONS[name] for name in options or OPTIONS}
-    sampling = sampling_of(options)
+    options = {name: GROUPS[run.group][name] for name in options or GROUPS[run.group]}
+    sampling = sampling_of(options, run.group)
     if run.verifier == "greedy":
-        options = GREEDY_OPTIONS
-        penalty = np.array([option.get("repetition_penalty", 1.0) for option in options.values()])
-        sampling = Sampling(temperature=0, repetition_penalty=penalty)
+        options = _GREEDY_GROUPS[run.group]
+        sampling = sampling_of(options, run.group, temperature=0)
         kwargs["num_samples"] = 200  # a law of one text
     return check_lossless(
         TARGET,
@@ -223,7 +309,9 @@ def problems_of(run: Run, report) -> list[str]:
     return problems
 
 
-ALL_RUNS = [Run(*names) for names in itertools.product(DRAFTERS, VERIFIERS, POLICIES, MIXES)]
+ALL_RUNS = [
+    Run(*names) for names in itertools.product(DRAFTERS, VERIFIERS, POLICIES, MIXES, GROUPS)
+]
 
 
 def _default_runs() -> list[Run]:
@@ -237,4 +325,19 @@ def _default_runs() -> list[Run]:
     return runs
 
 
+def cells_of(run: Run) -> int:
+    """How many laws a run compares."""
+    return len((_GREEDY_GROUPS if run.verifier == "greedy" else GROUPS)[run.group])
+
+
 DEFAULT_RUNS = _default_runs()
+# Each drafter and each rule, and the end that can be banned in half of them.
+RUNS_LOOKING_BACK = [
+    Run("disagreeing", "block", "fixed", "rows that stop early", "looking back"),
+    Run("own sampling", "rejection", "goodput", "other lengths", "looking back"),
+    Run("prompt lookup", "match", "heuristic", "rows that stop early", "looking back"),
+    Run("user-written", "block", "confident", "other lengths", "looking back"),
+    Run("greedy drafts", "greedy", "guarded", "rows that stop early", "looking back"),
+    Run("equal", "rejection", "fixed", "other lengths", "processed"),
+    Run("disagreeing", "match, own noise", "guarded", "rows that stop early", "processed"),
+]

@@ -12,7 +12,9 @@ _count = itertools.count()
 
 
 def mutant(
-    module_name: str, *patches: tuple[str, str], within: str | None = None
+    module_name: str,
+    *patches: tuple[str, str],
+    within: str | tuple[str, ...] | None = None,
 ) -> types.ModuleType:
     """A copy of a shipped module with strings replaced.
 
@@ -22,13 +24,14 @@ def mutant(
       module_name: the module that is wanted.
       patches: (old, new) strings.
       within: the module that is patched, where it is one that `module_name` uses; the copy of
-        `module_name` uses the patched one then.
+        `module_name` uses the patched one then. Several: the way there, module by module.
     """
-    if within is not None:
-        inner, outer = mutant(within, *patches), mutant(module_name)
-        shipped = sys.modules[within]
+    if within:
+        used, *further = (within,) if isinstance(within, str) else within
+        inner, outer = mutant(used, *patches, within=tuple(further)), mutant(module_name)
+        shipped = sys.modules[used]
         names = [name for name, value in vars(outer).items() if value is shipped]
-        assert names, f"{module_name} does not use {within}"
+        assert names, f"{module_name} does not use {used}"
         for name in names:
             setattr(outer, name, inner)
         return outer

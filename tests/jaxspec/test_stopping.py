@@ -1,0 +1,212 @@
+"""Where a row ends: stop sequences across block borders, and limits of its own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.mutants import mutant
+from support.running import generate_with
+
+import jaxspec
+from jaxspec import Sampling, drafters, loop, status, verifiers
+from jaxspec.testing import check_lossless, random_logits, table_model
+
+GREEDY = Sampling(temperature=0)
+COUNT = table_model(10 * np.eye(5, dtype=np.float32)[[1, 2, 3, 4, 0]], order=1)  # 0 1 2 3 4 0 …
+TARGET, OTHER = (
+    table_model(random_logits(seed, vocab_size=4, order=2), order=2) for seed in (0, 1)
+)
+
+
+def count(stop_sequences, *, prompt=(4,), drafter="equal", num_draft_tokens=3, **kwargs):
+    return jaxspec.generate(
+        COUNT,
+        [list(prompt)],
+        drafter=drafters.model(COUNT) if drafter == "equal" else drafter,
+        num_draft_tokens=num_draft_tokens,
+        sampling=GREEDY,
+        max_new_tokens=13,
+        stop_sequences=stop_sequences,
+        eos_ids=(),
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("stop", [[0], [3], [3, 4], [2, 3, 4, 0], [4, 0, 1, 2, 3, 4, 0]])
+def test_a_row_ends_at_its_stop_sequence_wherever_blocks_end(stop, num_draft_tokens):
+    out = count([stop], num_draft_tokens=num_draft_tokens)
+    text = [i % 5 for i in range(13)]
+    size = next(n for n in range(1, 14) if text[max(n - len(stop), 0) : n] == stop)
+    assert out.lengths.tolist() == [size]
+    assert out.tokens[0].tolist() == text[:size] + [0] * (13 - size)
+    assert out.status.tolist() == [status.STOP]
+    assert np.all(np.asarray(out.log_probs[0, size:]) == 0)
+    # Nothing behind the end is counted, and what stands before it is.
+    stats = out.stats
+    assert int(stats.num_emitted_tokens[0]) == size
+    assert size - 1 <= int(stats.num_accepted_draft_tokens[0]) + int(stats.num_spec_steps[0])
+    assert int(stats.num_accepted_draft_tokens[0]) <= size
+
+
+def test_what_the_prompt_ends_in_is_no_part_of_a_stop_sequence():
+    out = count([[4, 0, 1]], prompt=(3, 4))
+    assert out.tokens[0, : int(out.lengths[0])].tolist() == [0, 1, 2, 3, 4, 0, 1]
+
+
+def test_the_earliest_of_several_ends_the_row():
+    out = count([[0, 1, 2, 3, 4], [2, 3], [9 % 5, 0]])
+    assert out.tokens[0, : int(out.lengths[0])].tolist() == [0, 1, 2, 3]
+
+
+def test_rows_have_stop_sequences_of_their_own():
+    stops = np.array([[[-1, 2]], [[2, 3]], [[3, 3]]])
+    out = jaxspec.generate(
+        COUNT, [[4], [4], [4]], drafter=drafters.model(COUNT), sampling=GREEDY, eos_ids=(),
+        max_new_tokens=6, stop_sequences=stops,
+    )  # fmt: skip
+    assert out.lengths.tolist() == [3, 4, 6]
+    assert out.status.tolist() == [status.STOP, status.STOP, status.LENGTH]
+
+
+def test_an_eos_at_the_end_of_a_stop_sequence_is_an_eos():
+    run = functools.partial(
+        jaxspec.generate, COUNT, [[4]], sampling=GREEDY, max_new_tokens=6,
+        drafter=drafters.model(COUNT), num_draft_tokens=4,
+    )  # fmt: skip
+    assert run(eos_ids=3, stop_sequences=[[2, 3]]).status.tolist() == [status.EOS]
+    early = run(eos_ids=3, stop_sequences=[[1, 2]])
+    assert (early.status.tolist(), early.lengths.tolist()) == ([status.STOP], [3])
+    late = run(eos_ids=1, stop_sequences=[[1, 2]])
+    assert (late.status.tolist(), late.lengths.tolist()) == ([status.EOS], [2])
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampled texts: those without stop sequences, cut.
+
+_STOPS = [[1], [2, 3], [0, 0, 0], [3, 2, 2]]
+_PROMPTS = [[0], [1, 2], [3, 3, 0], [2, 3], [0, 0], [1]] * 8
+
+
+def _texts(module, drafter, stop_sequences):
+    return generate_with(
+        module, TARGET, _PROMPTS, drafter=drafter, verifier=verifiers.match(), num_draft_tokens=3,
+        max_new_tokens=12, eos_ids=(), key=jax.random.key(3), stop_sequences=stop_sequences,
+        pad_id=-5,
+    )  # fmt: skip
+
+
+@functools.cache
+def _whole():
+    return _texts(loop, None, None)
+
+
+def _cut(text, stops):
+    """The text up to the first stop sequence in it."""
+    for size in range(1, len(text) + 1):
+        if any(text[max(size - len(stop), 0) : size] == stop for stop in stops):
+            return text[:size]
+    return text
+
+
+def check_cut(module, stops, drafter):
+    whole = np.asarray(_whole().tokens)
+    out = _texts(module, drafter, stops)
+    for row, text in enumerate(whole.tolist()):
+        wanted = _cut(text, stops)
+        assert out.tokens[row].tolist() == wanted + [-5] * (12 - len(wanted))
+        reported = np.asarray(out.log_probs[row])
+        np.testing.assert_array_equal(
+            reported[: len(wanted)], _whole().log_probs[row, : len(wanted)]
+        )
+        assert not reported[len(wanted) :].any()
+    assert {status.STOP, status.LENGTH} >= set(out.status.tolist())
+
+
+@pytest.mark.parametrize("drafter", [None, drafters.model(OTHER), drafters.prompt_lookup()])
+@pytest.mark.parametrize("stops", [_STOPS[:1], _STOPS[1:], _STOPS[3:]])
+def test_sampled_texts_are_cut_at_the_first_stop_sequence(stops, drafter):
+    check_cut(loop, stops, drafter)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        # sequences that began in the block before, or in the prompt
+        ("row[jnp.maximum(at, 0)], NO_TOKEN)", "NO_TOKEN, NO_TOKEN)"),
+        ("jnp.where(at >= prompt_length, row", "jnp.where(at >= 0, row"),
+        # one token late, or more
+        ("lax.dynamic_slice(text, (i,)", "lax.dynamic_slice(text, (jnp.maximum(i - 1, 0),)"),
+        ("is_earlier, jnp.argmax(is_stop, axis=1) + 1", "is_earlier, num_emitted"),
+        ("| (sequences == NO_TOKEN)[None]", ""),
+    ],
+)
+def test_planted_bugs_are_noticed(patch):
+    module = mutant("jaxspec.loop", patch)
+
+    def check():
+        for stops in ([[1, 2], [3]], _STOPS[1:]):
+            check_cut(module, stops, drafters.model(OTHER))
+
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("rule", ["block", "rejection"])
+def test_the_law_is_that_of_cut_texts(rule):
+    check_lossless(
+        table_model(random_logits(4, vocab_size=3, order=2), order=2),
+        drafters.model(table_model(random_logits(1, vocab_size=3, order=2), order=2)),
+        getattr(verifiers, rule)(),
+        sampling=Sampling(frequency_penalty=np.array([0.0, 0.5])),
+        prompts=[[2, 0], [1]],
+        eos_ids=(2,),
+        stop_sequences=[[0, 1], [1, 0, 1]],
+    ).assert_passed()
+
+
+# ---------------------------------------------------------------------------------------------
+# Limits of each row.
+
+
+def test_rows_have_limits_of_their_own():
+    limits = [3, 9, 1, 6]
+    run = functools.partial(
+        jaxspec.generate, TARGET, drafter=drafters.model(OTHER), eos_ids=(), num_draft_tokens=4
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    out = run([[0], [1, 2], [3], [2, 2, 2]], max_new_tokens=limits, key=keys)
+    assert out.tokens.shape == (4, 9)
+    assert out.lengths.tolist() == limits
+    assert out.status.tolist() == [status.LENGTH] * 4
+    for row, (prompt, limit) in enumerate(zip([[0], [1, 2], [3], [2, 2, 2]], limits, strict=True)):
+        alone = run([prompt], max_new_tokens=limit, key=keys[row : row + 1])
+        np.testing.assert_array_equal(out.tokens[row, :limit], alone.tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": [1, 2, 3]}, r"max_new_tokens must be one number or 2.*\(3,\)"),
+        ({"max_new_tokens": [1, 0]}, "max_new_tokens must be integers of at least 1"),
+        ({"max_new_tokens": [1.0, 2.0]}, "max_new_tokens must be integers of at least 1"),
+        ({"stop_sequences": [1, 2]}, "stop_sequences must be a list of token-id lists"),
+        ({"stop_sequences": [[9]]}, "stop_sequences holds the token id 9"),
+        ({"stop_sequences": np.zeros((3, 1, 1), int)}, "one set for each of 2 rows"),
+    ],
+)
+def test_bad_ends_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jaxspec.generate(TARGET, [[0], [1]], sampling=GREEDY, **arguments)
+
+
+def test_a_traced_limit_is_refused():
+    with pytest.raises(ValueError, match="max_new_tokens decides about the output's shape"):
+        jax.jit(
+            lambda size: (
+                jaxspec.generate(TARGET, [[0]], sampling=GREEDY, max_new_tokens=size).tokens
+            )
+        )(jnp.int32(3))
