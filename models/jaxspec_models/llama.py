@@ -293,7 +293,9 @@ class Llama(nnx.Module):
         batch, width = tokens.shape
         if positions is None:
             positions = start[:, None] + jnp.arange(width)[None]
-        fed = start + width if num_new is None else jnp.where(num_new > 0, start + num_new, 0)
+        # A row without new tokens is fed garbage, or its beginning again, which must come out as it
+        # was (`drafters.model`): what such tokens see lies within `width` slots.
+        fed = start + width if num_new is None else jnp.where(num_new > 0, start + num_new, width)
         num_rows = layers.padded_width(batch, width)
         if mask is not None:
             mask = mask if mask.ndim == 3 else mask[None]
