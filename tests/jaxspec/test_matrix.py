@@ -247,7 +247,7 @@ _MUTANTS = {
              "state.memory, state.tokens, state.lengths, 0 * request.prompt_lengths, eos_ids")),
     ),
     "a row without tokens left writes on": (
-        _LOOKING_BACK._replace(verifier="default"), ["no token twice"], _in_loop(
+        _LOOKING_BACK._replace(mix="other lengths"), ["no token twice"], _in_loop(
             ("& jnp.isfinite(jnp.max(report, axis=-1))", "")),
     ),
     "the bonus skips the processor": (
