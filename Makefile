@@ -33,7 +33,7 @@ test: $(VENV)/.dev  ## the tests most people run
 exactness: $(VENV)/.dev  ## the exactness matrix and its planted bugs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m exactness
 
-exhaustive: $(VENV)/.dev  ## the whole product of the matrix's axes: more than an hour on 2 cores
+exhaustive: $(VENV)/.dev  ## the whole product of the matrix's axes: hours on 2 cores
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m exhaustive
 
 check: lint types doctest  ## what CI runs beside the tests

@@ -329,7 +329,7 @@ def _check_fits(engine: loop.Engine, tokens: Any, lengths: Any, max_new_tokens: 
     for name, limit in (("target", engine.target.max_length), ("drafter", drafter_limit)):
         if limit is not None and needed > limit:
             raise ValueError(
-                f"the longest prompt ({length}) + max_new_tokens "
+                f"a prompt of {length} tokens + max_new_tokens "
                 f"({max_new_tokens}) is {needed}, and the {name} is made for {limit} tokens; "
                 "shorten the prompt or lower max_new_tokens."
             )

@@ -104,8 +104,8 @@ def generate(
       num_draft_tokens: K ≥ 1, the most tokens drafted in a round (static).
       eos_ids: tokens that end a row; None: the model's own; (): never stop.
       stop_sequences: token-id lists, or i32[W, L] or i32[B, W, L] filled with -1 on the left: a
-        row ends once its output ends in one of them, which is kept, like an EOS. A list of tokens
-        is exact; for stops in text see `jaxspec_models.generate_text`.
+        row ends once its output ends in one of them, which is kept, like an EOS. What the prompt
+        ends in is no part of it.
       pad_id: fills the result behind each row's tokens (static).
       key: `jax.random.key(seed)` (threefry), folded with each row's number, or key[B], one a row,
         so that a row's tokens follow its key wherever it stands. May be left out at temperature 0.

@@ -400,7 +400,7 @@ def _judge_at_width(
 
     # A position without a finite law ends the draft there: what stands before it is verified as
     # ever, and the row stops when it gets there.
-    draft, num_finite = _cut_at_nonfinite(draft, logits, scores.report)
+    draft, num_finite = _cut_at_nonfinite(draft, logits, scores.log_probs)
 
     if _is_keyed_by_position(engine.verifier):
         keys = _noise_keys(request.keys, state.lengths, width)
@@ -476,21 +476,21 @@ def _history(request: Request, state: State) -> sampling.History:
     )
 
 
-def _cut_at_nonfinite(draft: Draft, logits: Array, report: Array) -> tuple[Draft, Array]:
+def _cut_at_nonfinite(draft: Draft, logits: Array, log_probs: Array) -> tuple[Draft, Array]:
     """Shortens drafts so that only finite laws judge them.
 
     Args:
       draft: with leading axis B.
       logits: f32[B, K + 1, V].
-      report: f32[B, K + 1, V], the laws after the options, whose traced values may be broken and
-        whose bans may leave nothing; of a greedy row before the point mass, which would hide it.
+      log_probs: f32[B, K + 1, V], after the options, whose traced values may be broken and whose
+        bans may leave nothing.
 
     Returns:
       The draft, and i32[B] the offset of the first position with NaN or +inf (or nothing but
       -inf); K + 1 where there is none.
     """
     # A maximum is NaN or +inf if any element is.
-    is_finite = jnp.isfinite(jnp.max(logits, axis=-1)) & jnp.isfinite(jnp.max(report, axis=-1))
+    is_finite = jnp.isfinite(jnp.max(logits, axis=-1)) & jnp.isfinite(jnp.max(log_probs, axis=-1))
     num_finite = jnp.sum(jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
     return draft._replace(length=jnp.minimum(draft.length, num_finite)), num_finite
 
@@ -544,7 +544,8 @@ def _ends_stop_sequence(request: Request, state: State, tokens: Array) -> Array:
         text = jnp.concatenate([before, new])
         ends = jax.vmap(lambda i: lax.dynamic_slice(text, (i,), (size,)))(jnp.arange(new.shape[0]))
         is_same = (ends[:, None] == sequences[None]) | (sequences == NO_TOKEN)[None]
-        return jnp.any(jnp.all(is_same, axis=2), axis=1)
+        is_sequence = sequences[:, -1] != NO_TOKEN  # else it only fills the array
+        return jnp.any(jnp.all(is_same, axis=2) & is_sequence[None], axis=1)
 
     return jax.vmap(of_row)(
         state.tokens, state.lengths, request.prompt_lengths, tokens, request.stop_sequences

@@ -134,11 +134,12 @@ class ModelDrafter:
             prefix = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (num_slots,)))(
                 progress.tokens, context.lengths
             )
-            scores, report = processing.process_rows(
+            scores = processing.process_rows(
                 output.logits[:, 0], options, history, prefix, slot
-            )
-            # Where bans leave no token, there is nothing to draw.
-            goes_on = keep_drafting(Signals(slot, scores)) & jnp.isfinite(jnp.max(report, axis=-1))
+            ).log_probs
+            goes_on = keep_drafting(Signals(slot, scores))
+            if options.can_ban:  # where bans leave no token, there is nothing to draw
+                goes_on = goes_on & jnp.isfinite(jnp.max(scores, axis=-1))
             is_open = progress.is_open & (goes_on | ~has_next)
             draws = has_next & is_open
             if progress.log_probs is None:

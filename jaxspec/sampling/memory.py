@@ -34,7 +34,8 @@ class History(NamedTuple):
 
     Attributes:
       memory: `Memory`.
-      tokens: i32[B, N], prompt and output; slots at or beyond `length` hold garbage.
+      tokens: i32[B, N], prompt and output; slots at or beyond `length` hold garbage. N leaves room
+        for the drafts behind any row's length.
       length: i32[B], committed tokens, prompt included.
       prompt_length: i32[B].
       eos_ids: i32[B, E], tokens that end a text.

@@ -23,6 +23,8 @@ NO_ID = -1
 class Sampling:
     """How tokens are drawn from the target's logits. A registered pytree.
 
+    A row whose bans leave no token stops with status `NONFINITE`.
+
     Each numeric option is one number for all rows or an array [B]. A neutral Python value, or
     None, switches an option off before tracing, at no cost; every other value is traced data: new
     values never retrace. What looks back counts drafted tokens as if they had been emitted.
@@ -48,7 +50,8 @@ class Sampling:
         off.
       no_repeat_ngram_size: i32 ≥ 0, bans tokens that would complete an n-gram of this size that
         stands in the prompt or the output already; 0: off.
-      min_new_tokens: i32 ≥ 0, bans the end of the text until so many tokens are written; 0: off.
+      min_new_tokens: i32 ≥ 0, bans the EOS tokens until so many tokens are written; 0: off. (A stop
+        sequence still ends its row.)
       logit_bias: added to the logits: {token id: bias}, f32[V], or f32[B, V].
       bad_words: token-id lists, or i32[W, L] or i32[B, W, L] filled with -1 on the left: the last
         token of each is banned where the tokens before it stand at the end of the text.
@@ -127,9 +130,24 @@ class Options:
     processor: Any
     is_greedy: bool = pytree.static()
 
+    @property
+    def can_ban(self) -> bool:
+        """Whether an option might leave no token at all."""
+        return any(getattr(self, name) is not None for name in _BANS)
+
     def row_axes(self) -> Options:
         """The axes to map over for one row after another: 0, but None for what all rows share."""
         return dataclasses.replace(jax.tree.map(lambda _: 0, self), processor=None)
+
+
+_BANS = (
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "logit_bias",
+    "bad_words",
+    "suppress_tokens",
+    "processor",
+)
 
 
 class _Number(NamedTuple):

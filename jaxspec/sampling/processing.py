@@ -20,7 +20,7 @@ class Scores(NamedTuple):
 
     Attributes:
       log_probs: f32[V], the law a token is drawn from; -inf for tokens cut off. At temperature
-        0 it is a point mass on the argmax.
+        0 it is a point mass on the argmax. Where bans leave no token, its maximum is NaN.
       report: f32[V], what `Generation.log_probs` reports: `log_probs`, but for a greedy row the
         law at temperature 1, before any cut.
     """
@@ -151,5 +151,7 @@ def _penalized(
 
 
 def _point_mass(logits: Array) -> Array:
-    """Log 1 at the (first) largest logit, log 0 elsewhere: f32[V]."""
-    return jnp.where(jnp.arange(logits.shape[0]) == drawing.argmax(logits), 0.0, -jnp.inf)
+    """Log 1 at the (first) largest logit, log 0 elsewhere: f32[V]; NaN there if none is finite."""
+    best = drawing.argmax(logits)
+    mass = jnp.where(jnp.isfinite(logits[best]), 0.0, jnp.nan)
+    return jnp.where(jnp.arange(logits.shape[0]) == best, mass, -jnp.inf)

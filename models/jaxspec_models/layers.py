@@ -422,16 +422,16 @@ def _blocked_attention(q, keys, values, visibility, *, see, dtype):
     few = q.shape[0] // 4
     blocks = jnp.arange(keys.shape[3] // KV_BLOCK)
     num_rows = jnp.sum(num_blocks[:, None] > blocks[None], axis=0)  # that need each block
-    num_shared = jnp.sum(num_rows > few)
+    num_shared = jnp.sum(num_rows > few, dtype=jnp.int32)
     carry = lax.fori_loop(
         0, num_shared, lambda i, carry: add_block(i, carry, q, keys, values, visibility), carry
     )
     if few:
         num_own = jnp.maximum(num_blocks - num_shared, 0)
-        ends = jnp.cumsum(num_own)
+        ends = jnp.cumsum(num_own, dtype=jnp.int32)
 
         def add_own(number, carry):
-            row = jnp.sum(ends <= number)
+            row = jnp.sum(ends <= number, dtype=jnp.int32)
             index = num_shared + number - (ends - num_own)[row]
 
             def of_row(x):

@@ -109,7 +109,7 @@ ERRORS = [
     ("id beyond int32", {"prompts": np.array([[2**32 + 1]])}, "hold the token id 4294967297"),
     ("id beyond int32 in a list", {"prompts": [[2**32 + 1]]}, "hold the token id 4294967297"),
     ("too long", {"target": model(max_length=8), "prompts": [[1] * 5]},
-     r"the longest prompt \(5\) \+ max_new_tokens \(4\) is 9, and the target is made for 8"),
+     r"a prompt of 5 tokens \+ max_new_tokens \(4\) is 9, and the target is made for 8"),
     ("too long for the drafter", {"drafter": drafters.model(model(max_length=4))},
      "the drafter is made for 4 tokens"),
     ("eos shape", {"eos_ids": [[1, 2]]}, "eos_ids must be integers"),

@@ -156,7 +156,9 @@ def test_help_and_version(capsys):
     text = capsys.readouterr().out
     for option in (
         "--model", "--draft ", "--drafter", "--prompt ", "--prompt-file", "--chat", "--temperature",
-        "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--max-new-tokens",
+        "--top-k", "--top-p", "--min-p", "--typical-p", "--repetition-penalty",
+        "--presence-penalty", "--frequency-penalty", "--no-repeat-ngram-size", "--min-new-tokens",
+        "--max-new-tokens",
         "--num-draft-tokens", "--seed", "--dtype", "--json", "examples:",
     ):  # fmt: skip
         assert option in text
@@ -351,6 +353,8 @@ def test_sampling_options_reach_generate(ask, monkeypatch):
     monkeypatch.setattr(jaxspec_models, "load_tokenizer", lambda name: tokenizer)
     options = {
         "temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3,
+        "typical_p": 0.97, "presence_penalty": 0.4, "frequency_penalty": -0.2,
+        "no_repeat_ngram_size": 2, "min_new_tokens": 3,
     }  # fmt: skip
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     report = report_of(ask, "--prompt", "a goose", "--seed", "5", *flags)
@@ -376,6 +380,7 @@ def test_sampling_options_reach_generate(ask, monkeypatch):
         (["--top-k", "5"], jaxspec.Sampling(top_k=5)),
         (["--top-p", "0.9"], jaxspec.Sampling(top_p=0.9)),
         (["--min-p", "0.1"], jaxspec.Sampling(min_p=0.1)),
+        (["--typical-p", "0.9"], jaxspec.Sampling(typical_p=0.9)),
         (["--min-p", "0.1", "--temperature", "2"], jaxspec.Sampling(temperature=2.0, min_p=0.1)),
         (["--top-k", "5", "--temperature", "0"], jaxspec.Sampling(temperature=0.0, top_k=5)),
     ],

@@ -10,6 +10,7 @@ from support.mutants import mutant
 
 import jaxspec
 from jaxspec import Context, Draft, Outcome, Verdict, drafters, sampling
+from jaxspec.testing import random_logits, table_model
 
 # The package gives factory and module one name: these are the modules.
 lookup_module = importlib.import_module("jaxspec.drafters.prompt_lookup")
@@ -339,3 +340,20 @@ def test_the_laws_of_a_draft_are_normalised():
     assert isinstance(draft, Draft)
     sums = jnp.sum(jnp.exp(draft.log_probs), axis=-1)
     np.testing.assert_allclose(sums, [[1] * 4, [1, 0, 0, 0], [0] * 4], atol=1e-6)
+
+
+def test_options_of_its_own_see_what_the_targets_see():
+    """Given twice, they make the same law: penalties on the output, an end that is banned."""
+    options = jaxspec.Sampling(
+        temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=-0.4,
+        min_new_tokens=6, no_repeat_ngram_size=4,
+    )  # fmt: skip
+    target = table_model(random_logits(0, vocab_size=5, order=2), order=2)
+    out = jaxspec.generate(
+        target, [[1, 1, 4], [2]] * 8, drafter=drafters.model(target, sampling=options),
+        sampling=options, eos_ids=(2, 4), max_new_tokens=12, key=jax.random.key(0),
+    )  # fmt: skip
+    # All drafts are accepted: every step writes five tokens, but the last.
+    lengths = np.asarray(out.lengths)
+    assert lengths.min() >= 6
+    np.testing.assert_array_equal(out.stats.num_spec_steps, -(-lengths // (K + 1)))

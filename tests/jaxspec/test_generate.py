@@ -310,11 +310,15 @@ def test_generate_under_64_bit_jax():
         other = table_model(random_logits(4, vocab_size=6, order=2), order=2)
         for drafter in (None, jaxspec.drafters.model(other), jaxspec.drafters.prompt_lookup()):
             for temperature in (0, np.array([0.7, 0.0])):
-                sampling = jaxspec.Sampling(temperature=temperature, top_p=0.9,
-                                            repetition_penalty=1.2)
+                sampling = jaxspec.Sampling(
+                    temperature=temperature, top_k=5, top_p=0.9, min_p=0.01, typical_p=0.97,
+                    repetition_penalty=1.2, presence_penalty=0.2, frequency_penalty=0.1,
+                    no_repeat_ngram_size=4, min_new_tokens=2, logit_bias={1: 0.5},
+                    bad_words=[[4], [3, 3]], suppress_tokens=[5])
                 out = jaxspec.generate(model, [[1, 2], [3]], drafter=drafter, sampling=sampling,
-                                       policy=jaxspec.policies.heuristic(2),
-                                       max_new_tokens=9, key=jax.random.key(0))
+                                       policy=jaxspec.policies.heuristic(2), eos_ids=0,
+                                       stop_sequences=[[1, 2, 1, 1], [2, 2, 2]],
+                                       max_new_tokens=[9, 7], key=jax.random.key(0))
                 print(out.tokens.dtype, out.log_probs.dtype, out.tokens.tolist())
         """
     root = str(Path(__file__).parents[1])

@@ -248,7 +248,7 @@ _MUTANTS = {
     ),
     "a row without tokens left writes on": (
         _LOOKING_BACK._replace(mix="other lengths"), ["no token twice"], _in_loop(
-            ("& jnp.isfinite(jnp.max(report, axis=-1))", "")),
+            ("& jnp.isfinite(jnp.max(log_probs, axis=-1))", "")),
     ),
     "the bonus skips the processor": (
         _PROCESSED, ["processor"], _in_loop(

@@ -71,6 +71,44 @@ def test_rows_have_stop_sequences_of_their_own():
     assert out.status.tolist() == [status.STOP, status.STOP, status.LENGTH]
 
 
+def test_a_row_may_have_fewer_than_its_neighbours():
+    """What fills the array is no stop sequence."""
+    out = jaxspec.generate(
+        COUNT, [[4], [4]], drafter=drafters.model(COUNT), sampling=GREEDY, eos_ids=(),
+        max_new_tokens=6, stop_sequences=np.array([[[-1, -1], [-1, -1]], [[-1, -1], [1, 2]]]),
+    )  # fmt: skip
+    assert out.lengths.tolist() == [6, 3]
+    assert out.status.tolist() == [status.LENGTH, status.STOP]
+
+
+@pytest.mark.parametrize("temperature", [0, np.array([0.0]), 1.0])
+@pytest.mark.parametrize("drafter", [None, drafters.model(TARGET), drafters.prompt_lookup()])
+def test_a_row_without_a_token_left_stops(drafter, temperature):
+    sampling = Sampling(temperature=temperature, no_repeat_ngram_size=1)
+    out = jaxspec.generate(
+        TARGET, [[0, 2, 0]], drafter=drafter, sampling=sampling, eos_ids=(), max_new_tokens=6,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    assert sorted(out.tokens[0, :2].tolist()) == [1, 3]
+    assert (out.lengths.tolist(), out.status.tolist()) == ([2], [status.NONFINITE])
+
+
+@pytest.mark.parametrize("temperature", [0, np.array([0.0]), 1.0])
+def test_a_drafter_without_a_token_left_leaves_the_law_alone(temperature):
+    """Its own bans end the draft, not the row."""
+    drafter = drafters.model(TARGET, sampling=Sampling(no_repeat_ngram_size=1))
+    run = functools.partial(
+        jaxspec.generate, TARGET, [[0, 2, 0]], eos_ids=(), max_new_tokens=9,
+        sampling=Sampling(temperature=temperature), verifier=verifiers.match(),
+        key=jax.random.key(1),
+    )  # fmt: skip
+    out = run(drafter=drafter)
+    np.testing.assert_array_equal(out.tokens, run().tokens)
+    assert out.status.tolist() == [status.LENGTH]
+    assert int(out.stats.num_draft_tokens[0]) <= 2 * int(out.stats.num_spec_steps[0])
+    assert int(out.stats.num_impossible_draft_tokens[0]) == 0
+
+
 def test_an_eos_at_the_end_of_a_stop_sequence_is_an_eos():
     run = functools.partial(
         jaxspec.generate, COUNT, [[4]], sampling=GREEDY, max_new_tokens=6,
@@ -113,7 +151,9 @@ def _cut(text, stops):
 
 def check_cut(module, stops, drafter):
     whole = np.asarray(_whole().tokens)
-    out = _texts(module, drafter, stops)
+    longest = max(map(len, stops))
+    filled = [[-1] * (longest - len(stop)) + stop for stop in [*stops, []]]
+    out = _texts(module, drafter, np.array(filled))
     for row, text in enumerate(whole.tolist()):
         wanted = _cut(text, stops)
         assert out.tokens[row].tolist() == wanted + [-5] * (12 - len(wanted))
@@ -141,6 +181,7 @@ def test_sampled_texts_are_cut_at_the_first_stop_sequence(stops, drafter):
         ("lax.dynamic_slice(text, (i,)", "lax.dynamic_slice(text, (jnp.maximum(i - 1, 0),)"),
         ("is_earlier, jnp.argmax(is_stop, axis=1) + 1", "is_earlier, num_emitted"),
         ("| (sequences == NO_TOKEN)[None]", ""),
+        (" & is_sequence[None]", ""),
     ],
 )
 def test_planted_bugs_are_noticed(patch):

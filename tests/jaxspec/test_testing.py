@@ -280,7 +280,7 @@ def test_check_lossless_refuses():
         check_lossless(TARGET, max_new_tokens=0)
     with pytest.raises(ValueError, match="whole number"):
         check_lossless(TARGET, num_samples=10.5)
-    with pytest.raises(ValueError, match="top_k must be one number or an array"):
+    with pytest.raises(ValueError, match="top_k must be one value for all or an array"):
         check_lossless(TARGET, sampling=Sampling(top_k=np.array([1, 2])), prompts=[[0]])
     with pytest.raises(ValueError, match="smaller vocabulary or fewer tokens"):
         check_lossless(TARGET, max_new_tokens=30)

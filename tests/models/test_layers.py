@@ -66,12 +66,20 @@ def test_the_values_are_those_of_dense_attention():
                 np.testing.assert_allclose(ours[row, token, head], want, atol=2e-5)
 
 
+def test_the_same_under_64_bit_jax():
+    """Loop counters keep their dtypes."""
+    wanted = _attention(layers, 2, 2)[0](np.arange(6), 5)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        got = _attention(layers, 2, 2)[0](np.arange(6), 5)
+    np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.parametrize(
     "patch",
     [
         ("_MIN_SUMS = 16", "_MIN_SUMS = 2"),
         ("fori_loop(0, ends[-1], add_own", "fori_loop(0, ends[-1] - 1, add_own"),
-        ("row = jnp.sum(ends <= number)", "row = jnp.sum(ends < number)"),
+        ("jnp.sum(ends <= number", "jnp.sum(ends < number"),
         ("index = num_shared + number", "index = number"),
         ("visibility.of_row(row),", "visibility.of_row(0 * row),"),
     ],
