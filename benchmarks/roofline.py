@@ -25,7 +25,7 @@ import synthetic
 
 import jaxspec
 import jaxspec_models
-from jaxspec import arguments, drawing, loop, programs
+from jaxspec import arguments, drawing, prefilling, programs
 from jaxspec.generate import prefill, run
 from jaxspec_models import layers
 
@@ -125,7 +125,7 @@ def prefill_seconds(model: jaxspec.LanguageModel, length: int, repeats: int) -> 
     # A function of its own each time: what is patched now must be traced now.
     compute = programs.Program(
         lambda engine, request, prompts: (
-            loop.prefill(engine, request, prompts, max_new_tokens=1).cache
+            prefilling.prefill(engine, request, prompts, max_new_tokens=1).cache
         )
     )
     return seconds(lambda: compute(prepared.engine, prepared.request, prepared.prompts), repeats)

@@ -6,6 +6,7 @@ change. Values under a trace are not checked.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import drafters, loop, policies, verifiers
+from jaxspec import drafters, policies, prefilling, states, verifiers
 from jaxspec.sampling import Sampling, resolve
 from jaxspec.sampling.options import id_lists
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
@@ -29,16 +30,23 @@ class Prepared(NamedTuple):
     Attributes:
       engine: the strategies.
       request: the rows' limits, keys and options.
-      prompts: i32[B, L], right-padded with 0.
+      prompts: i32[P, L], right-padded with 0; each begins B / P rows.
       max_new_tokens: T.
       pad_id: fills the result behind each row's tokens.
+      capacity: slots of the caches.
+      returns_state: whether the result can be continued.
+      resumption: what is taken up, with the sizes of its token buffer and its caches from now on;
+        None: new texts.
     """
 
-    engine: loop.Engine
-    request: loop.Request
+    engine: states.Engine
+    request: states.Request
     prompts: Array
     max_new_tokens: int
     pad_id: int
+    capacity: int
+    returns_state: bool
+    resumption: tuple[prefilling.Continuation, int, int] | None
 
 
 def prepare(
@@ -56,6 +64,11 @@ def prepare(
     pad_id: int = 0,
     key: Array | None = None,
     prompt_lengths: Any = None,
+    num_return_sequences: int = 1,
+    num_top_log_probs: int = 0,
+    prompt_log_probs: bool = False,
+    state: prefilling.Continuation | None = None,
+    return_state: bool = False,
 ) -> Prepared:
     """Checks the arguments of `jaxspec.generate`, which documents them.
 
@@ -72,30 +85,149 @@ def prepare(
     most = _most_new_tokens(max_new_tokens)
     if not isinstance(pad_id, (int, np.integer)) or not -(2**31) <= pad_id < 2**31:
         raise ValueError(f"pad_id must be a Python integer within int32, got {pad_id!r}.")
-    engine = _engine(target, drafter, verifier, policy, sampling, num_draft_tokens)
-    tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, target.vocab_size)
-    batch = tokens.shape[0]
-    if np.shape(max_new_tokens) not in ((), (batch,)):
+    outputs = _outputs(num_top_log_probs, prompt_log_probs, target.vocab_size)
+    engine = _engine(target, drafter, verifier, policy, sampling, num_draft_tokens, outputs)
+    _check_count("num_return_sequences", num_return_sequences)
+    if state is None:
+        tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, target.vocab_size)
+        standing: Any = 0
+    else:
+        _check_continuation(state, engine, num_return_sequences)
+        tokens, lengths = _following(prompts, prompt_lengths, pad_id, engine, state)
+        standing = state.state.lengths
+    num_prompts, copies = tokens.shape[0], int(num_return_sequences)
+    if np.shape(max_new_tokens) not in ((), (num_prompts,)):
         raise ValueError(
-            f"max_new_tokens must be one number or {batch}, one a row; got shape "
+            f"max_new_tokens must be one number or {num_prompts}, one a row; got shape "
             f"{np.shape(max_new_tokens)}."
         )
-    _check_fits(engine, tokens, lengths, max_new_tokens)
-    options = resolve(sampling, batch, target.vocab_size)
-    row_keys = _row_keys(key, batch, sampling.is_greedy)
+    if not isinstance(standing, jax.core.Tracer):
+        standing = np.asarray(standing)
+        _check_fits(engine, tokens, standing + lengths, max_new_tokens)
+
+    def for_rows(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), tree) if copies > 1 else tree
+
+    options = resolve(sampling, num_prompts, target.vocab_size)
+    options = dataclasses.replace(
+        for_rows(dataclasses.replace(options, processor=None)), processor=options.processor
+    )
+    if key is None and state is not None:
+        row_keys = state.keys
+    else:
+        row_keys = _row_keys(key, num_prompts, copies, sampling.is_greedy)
     lengths = jnp.asarray(lengths, jnp.int32)
-    request = loop.Request(
+    starts = for_rows(jnp.asarray(standing, jnp.int32) + lengths)
+    limits = jnp.broadcast_to(jnp.asarray(max_new_tokens, jnp.int32), (num_prompts,))
+    request = states.Request(
         keys=row_keys,
-        prompt_lengths=lengths,
-        max_lengths=lengths + jnp.asarray(max_new_tokens, jnp.int32),
+        prompt_lengths=starts,
+        start_lengths=starts,
+        max_lengths=starts + for_rows(limits),
         eos_ids=_eos_ids(target, eos_ids),
-        stop_sequences=_stop_sequences(stop_sequences, batch, target.vocab_size),
+        stop_sequences=for_rows(_stop_sequences(stop_sequences, num_prompts, target.vocab_size)),
         options=options,
     )
+    if state is not None and tokens.shape[1] == 0:  # what stands there is written on
+        request = request._replace(prompt_lengths=state.prompt_lengths)
     # Padding may be anything (-100, a pad id beyond the vocabulary): a model is fed valid ids.
     is_prompt = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     tokens = jnp.where(is_prompt, jnp.asarray(tokens, jnp.int32), 0)
-    return Prepared(engine, request, tokens, most, int(pad_id))
+    prepared = Prepared(
+        engine,
+        request,
+        tokens,
+        most,
+        int(pad_id),
+        prefilling.cache_capacity(tokens.shape[1], most, engine.num_draft_tokens),
+        bool(return_state),
+        None,
+    )
+    return prepared if state is None else _resumed(prepared, state, standing)
+
+
+def _outputs(num_top_log_probs: Any, prompt_log_probs: Any, vocab_size: int) -> states.Outputs:
+    is_count = isinstance(num_top_log_probs, (int, np.integer)) and not isinstance(
+        num_top_log_probs, bool
+    )
+    if not is_count or not 0 <= num_top_log_probs <= vocab_size:
+        raise ValueError(
+            f"num_top_log_probs must be a Python integer in 0 … {vocab_size}, got "
+            f"{num_top_log_probs!r}."
+        )
+    return states.Outputs(int(num_top_log_probs), bool(prompt_log_probs))
+
+
+# ---------------------------------------------------------------------------------------------
+# Texts that are taken up again.
+
+
+def _check_continuation(state: Any, engine: states.Engine, num_return_sequences: int) -> None:
+    if not isinstance(state, prefilling.Continuation):
+        raise ValueError(
+            "state must be the `Generation.state` of a call with return_state=True, got "
+            f"{type(state).__name__}."
+        )
+    if num_return_sequences != 1:
+        raise ValueError(
+            "num_return_sequences goes with new prompts; a state has its rows already."
+        )
+    batch, before = state.state.lengths.shape[0], state.state
+    drafter = engine.drafter
+    made = {
+        "target": jax.eval_shape(lambda: engine.target.init_cache(batch, state.capacity, 1)),
+        "drafter": None
+        if drafter is None
+        else jax.eval_shape(lambda: drafter.init(batch, state.capacity)),
+        "policy": jax.eval_shape(lambda: engine.policy.init(batch)),
+    }
+    had = {"target": before.cache, "drafter": before.drafter, "policy": before.policy}
+    for name, new in made.items():
+        if jax.tree.map(jnp.ndim, had[name]) != jax.tree.map(lambda x: x.ndim, new):
+            raise ValueError(
+                f"the state was left by another kind of {name}; continue with the same target, "
+                "drafter and policy."
+            )
+
+
+def _following(
+    prompts: Any, prompt_lengths: Any, pad_id: int, engine: states.Engine, state: Any
+) -> tuple[Any, Any]:
+    """The tokens that follow a state's texts; none where they are written on."""
+    batch = state.state.lengths.shape[0]
+    if prompts is None:
+        return np.zeros((batch, 0), np.int32), np.zeros((batch,), np.int32)
+    tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, engine.target.vocab_size)
+    if tokens.shape[0] != batch:
+        raise ValueError(
+            f"the state has {batch} rows: pass as many prompts, the tokens that follow each text, "
+            f"or None to write on; got {tokens.shape[0]}."
+        )
+    return tokens, lengths
+
+
+def _resumed(prepared: Prepared, state: prefilling.Continuation, standing: Any) -> Prepared:
+    """Finds room: buffers stay as they are where they are large enough."""
+    had = state.state.tokens.shape[1]
+    sizes = (
+        prepared.prompts.shape[1],
+        prepared.max_new_tokens,
+        prepared.engine.num_draft_tokens,
+    )
+
+    def needed(num_before: int) -> tuple[int, int]:
+        return (
+            num_before + prefilling.token_buffer_length(*sizes),
+            prefilling.cache_capacity(*sizes, num_before=num_before),
+        )
+
+    longest = had if isinstance(standing, jax.core.Tracer) else int(standing.max())
+    num_slots, capacity = needed(longest)
+    if num_slots > had or capacity > state.capacity:
+        # Lengths of a power of two, so that a longer text rarely means a new program.
+        num_slots, capacity = needed(max(_SMALLEST_BUCKET, 1 << (longest - 1).bit_length()))
+    num_slots, capacity = max(num_slots, had), max(capacity, state.capacity)
+    return prepared._replace(capacity=capacity, resumption=(state, num_slots, capacity))
 
 
 def _most_new_tokens(max_new_tokens: Any) -> int:
@@ -132,7 +264,8 @@ def _engine(
     policy: Policy | None,
     options: Sampling,
     num_draft_tokens: int,
-) -> loop.Engine:
+    outputs: states.Outputs,
+) -> states.Engine:
     if drafter == "auto":
         drafter = target.default_drafter or drafters.prompt_lookup()
     if isinstance(drafter, LanguageModel):
@@ -168,7 +301,7 @@ def _engine(
     rule: Verifier = default if verifier is None else verifier
     chosen: Policy = policies.fixed(num_draft_tokens) if policy is None else policy
     kinds = (type(drafter), type(rule), type(chosen))
-    return loop.Engine(target, drafter, rule, chosen, num_draft_tokens, kinds)
+    return states.Engine(target, drafter, rule, chosen, num_draft_tokens, outputs, kinds)
 
 
 def check_type(name: str, value: Any, protocol: type, home: str) -> None:
@@ -212,6 +345,8 @@ def _is_all_zero(temperature: Any) -> bool:
 
 def _prompts(prompts: Any, prompt_lengths: Any, pad_id: int, vocab_size: int) -> tuple[Any, Any]:
     """Token ids [B, L] and lengths [B]; NumPy where known before running."""
+    if prompts is None:
+        raise ValueError("pass prompts: a list of token-id lists, or an array [B, L].")
     if isinstance(prompts, str) or (
         isinstance(prompts, (list, tuple)) and any(isinstance(p, str) for p in prompts)
     ):
@@ -318,7 +453,7 @@ def _check_ids(tokens: Any, lengths: Any, vocab_size: int) -> None:
         )
 
 
-def _check_fits(engine: loop.Engine, tokens: Any, lengths: Any, max_new_tokens: Any) -> None:
+def _check_fits(engine: states.Engine, tokens: Any, lengths: Any, max_new_tokens: Any) -> None:
     if isinstance(lengths, jax.core.Tracer):
         return
     row = int(np.argmax(lengths + np.asarray(max_new_tokens)))
@@ -368,8 +503,12 @@ def _stop_sequences(value: Any, batch: int, vocab_size: int) -> Array:
     return jnp.broadcast_to(sequences, (batch, *sequences.shape[-2:]))
 
 
-def _row_keys(key: Array | None, batch: int, is_greedy: bool) -> Array:
-    """key[B]: as given, or one key folded once with each row's number."""
+def _row_keys(key: Array | None, num_prompts: int, copies: int, is_greedy: bool) -> Array:
+    """key[B]: as given, or one key folded once with each row's number.
+
+    Where prompts have a key each, it is folded with the number of the copy.
+    """
+    batch = num_prompts * copies
     if key is None:
         if not is_greedy:
             raise ValueError(
@@ -379,7 +518,7 @@ def _row_keys(key: Array | None, batch: int, is_greedy: bool) -> Array:
         key = jax.random.key(0, impl="threefry2x32")
     key = jnp.asarray(key)
     if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.dtype != jnp.uint32 or key.shape not in ((2,), (batch, 2)):
+        if key.dtype != jnp.uint32 or key.shape not in ((2,), (num_prompts, 2)):
             raise ValueError(
                 f"key must be jax.random.key(seed), or one key a row, got {key.dtype}{key.shape}."
             )
@@ -391,6 +530,11 @@ def _row_keys(key: Array | None, batch: int, is_greedy: bool) -> Array:
         )
     if key.shape == ():
         return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
-    if key.shape != (batch,):
-        raise ValueError(f"key must be one key or {batch} keys, one a row; got shape {key.shape}.")
-    return key
+    if key.shape != (num_prompts,):
+        raise ValueError(
+            f"key must be one key or {num_prompts} keys, one a row; got shape {key.shape}."
+        )
+    if copies == 1:
+        return key
+    of_copies = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.vmap(of_copies, in_axes=(0, None))(key, jnp.arange(copies)).ravel()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxspec import arguments, drawing, loop, policies, programs, pytree
+from jaxspec import arguments, drawing, loop, policies, programs, pytree, states
 from jaxspec.generate import prefill, run
 from jaxspec.profile import Profile
 from jaxspec.sampling import Sampling
@@ -129,13 +129,13 @@ def measure_costs(
     timed = prepared.engine.replace(drafter=_Insistent(prepared.engine.drafter))
     free = timed.replace(drafter=_Insistent(None))
 
-    def begin(engine: loop.Engine, length: int) -> tuple[loop.Engine, loop.State]:
+    def begin(engine: states.Engine, length: int) -> tuple[states.Engine, states.State]:
         engine = engine.replace(policy=policies.fixed(length))
         size = prepared.max_new_tokens
         state = prefill(engine, request, prepared.prompts, max_new_tokens=size)
         return engine, jax.block_until_ready(state)
 
-    def rounds(engine: loop.Engine, length: int) -> float:
+    def rounds(engine: states.Engine, length: int) -> float:
         engine, state = begin(engine, length)
         return _seconds(lambda: run(engine, request, state, num_rounds)) / num_rounds
 

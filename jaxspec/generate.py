@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import arguments, loop, programs, pytree
+from jaxspec import arguments, loop, prefilling, programs, pytree, states
 from jaxspec.sampling import Sampling
 from jaxspec.stats import Stats
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
@@ -27,48 +28,100 @@ class Generation:
       lengths: i32[B], the number of new tokens of each row.
       log_probs: f32[B, T], natural log-probability of each new token under the target after the
         sampling options; of a greedy row under the target at temperature 1; then 0.
+      raw_log_probs: f32[B, T], the same before any option.
       status: i32[B], why each row stopped: `jaxspec.status.EOS`, `STOP`, `LENGTH` or
         `NONFINITE`.
       stats: `Stats`, per row.
       guarantee: "distribution": the tokens have exactly the target's distribution; "tokens"
         (`verifiers.match`): they are also the same with any drafter, or none (static).
+      top_log_probs: f32[B, T, n], with `num_top_log_probs=n` the n largest log-probabilities of
+        each position's law, that which `log_probs` is of, falling; then 0. Else None.
+      top_ids: i32[B, T, n], their tokens; then `pad_id`. Else None.
+      prompt_log_probs: f32[P, L], on request of each prompt token given those before it, before
+        any option; 0 for a text's first token and for padding. Else None.
+      state: on request, what `generate(state=…)` goes on from. Else None.
     """
 
     tokens: Array
     lengths: Array
     log_probs: Array
+    raw_log_probs: Array
     status: Array
     stats: Stats
     guarantee: str = pytree.static()
+    top_log_probs: Array | None = None
+    top_ids: Array | None = None
+    prompt_log_probs: Array | None = None
+    state: prefilling.Continuation | None = None
 
 
 # One program serves `generate` (no limit) and `stream` (one round at a time).
-prefill = programs.Program(loop.prefill, static_argnames="max_new_tokens")
+prefill = programs.Program(prefilling.prefill, static_argnames="max_new_tokens")
+resume = programs.Program(
+    prefilling.resume, static_argnames=("num_slots", "capacity", "max_new_tokens")
+)
 run = programs.Program(loop.run, donate_argnames="state")
 
 
 @functools.partial(jax.jit, static_argnames="pad_id")
-def result(engine: loop.Engine, request: loop.Request, state: loop.State, *, pad_id: int):
-    """The `Generation` of a state."""
-    size = state.log_probs.shape[1]
-    lengths = state.lengths - request.prompt_lengths
+def result(engine: states.Engine, request: states.Request, state: states.State, *, pad_id: int):
+    """The `Generation` of a state, without its continuation."""
+    reported = state.log_probs
+    size = reported.chosen.shape[1]
+    lengths = state.lengths - request.start_lengths
     tokens = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (size,)))(
-        state.tokens, request.prompt_lengths
+        state.tokens, request.start_lengths
     )
     is_new = jnp.arange(size)[None] < lengths[:, None]
+    has_top = engine.outputs.num_top_log_probs > 0
     return Generation(
         tokens=jnp.where(is_new, tokens, pad_id),
         lengths=lengths,
-        log_probs=state.log_probs,
+        log_probs=reported.chosen,
+        raw_log_probs=reported.raw,
         status=state.status,
         stats=state.stats,
         guarantee=engine.verifier.guarantee,
+        top_log_probs=reported.top if has_top else None,
+        top_ids=jnp.where(is_new[:, :, None], reported.top_ids, pad_id) if has_top else None,
+        prompt_log_probs=state.prompt_log_probs,
+    )
+
+
+def begin(prepared: arguments.Prepared) -> states.State:
+    """The state before the first round."""
+    engine, request, size = prepared.engine, prepared.request, prepared.max_new_tokens
+    if prepared.resumption is None:
+        return prefill(engine, request, prepared.prompts, max_new_tokens=size)
+    continuation, num_slots, capacity = prepared.resumption
+    return resume(
+        engine,
+        request,
+        prepared.prompts,
+        continuation,
+        num_slots=num_slots,
+        capacity=capacity,
+        max_new_tokens=size,
+    )
+
+
+def finish(prepared: arguments.Prepared, state: states.State) -> Generation:
+    """The result of the last state."""
+    request = prepared.request
+    generation = result(prepared.engine, request, state, pad_id=prepared.pad_id)
+    if not prepared.returns_state:
+        return generation
+    return dataclasses.replace(
+        generation,
+        state=prefilling.Continuation(
+            state, request.keys, request.prompt_lengths, prepared.capacity
+        ),
     )
 
 
 def generate(
     target: LanguageModel,
-    prompts: Any,
+    prompts: Any = None,
     *,
     drafter: Drafter | str | None = None,
     verifier: Verifier | None = None,
@@ -81,6 +134,11 @@ def generate(
     pad_id: int = 0,
     key: Array | None = None,
     prompt_lengths: Array | None = None,
+    num_return_sequences: int = 1,
+    num_top_log_probs: int = 0,
+    prompt_log_probs: bool = False,
+    state: prefilling.Continuation | None = None,
+    return_state: bool = False,
 ) -> Generation:
     """Writes text with the target's distribution, several tokens per target forward.
 
@@ -91,7 +149,8 @@ def generate(
 
     Args:
       target: the model whose distribution is kept.
-      prompts: a list of token-id lists, or i32[B, L] padded on the right.
+      prompts: a list of token-id lists, or i32[B, L] padded on the right. With `state` these are
+        the tokens that follow what stands there; None: the texts are written on.
       drafter: from `jaxspec.drafters`; "auto": the target's own, or prompt lookup; None: plain
         decoding through the same loop.
       verifier: from `jaxspec.verifiers`; None: the strongest lossless rule, row by row: `block`
@@ -110,6 +169,15 @@ def generate(
       key: `jax.random.key(seed)` (threefry), folded with each row's number, or key[B], one a row,
         so that a row's tokens follow its key wherever it stands. May be left out at temperature 0.
       prompt_lengths: i32[B] for an array of prompts; None: every row is L tokens long.
+      num_return_sequences: n ≥ 1, texts for each prompt, which is fed once. Rows i n … i n + n - 1
+        of the result are prompt i's; what is given row by row is given for each prompt (static).
+      num_top_log_probs: how many of each position's likeliest tokens to report (static).
+      prompt_log_probs: whether to report the prompts' log-probabilities: logits [B, C, V] are
+        formed for chunks of C ≤ 256 prompt tokens (static).
+      state: `Generation.state` of an earlier call with the same models: nothing is fed again. With
+        prompts, the call is what it would be behind the whole text; without, rows that stopped at
+        their limit write on, as if the limit had been higher, and others stay as they are.
+      return_state: whether to return a state, which keeps the caches' memory (static).
 
     Returns:
       A `Generation`.
@@ -151,8 +219,10 @@ def generate(
         pad_id=pad_id,
         key=key,
         prompt_lengths=prompt_lengths,
+        num_return_sequences=num_return_sequences,
+        num_top_log_probs=num_top_log_probs,
+        prompt_log_probs=prompt_log_probs,
+        state=state,
+        return_state=return_state,
     )
-    engine, request = prepared.engine, prepared.request
-    state = prefill(engine, request, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
-    state = run(engine, request, state, -1)
-    return result(engine, request, state, pad_id=prepared.pad_id)
+    return finish(prepared, run(prepared.engine, prepared.request, begin(prepared), -1))

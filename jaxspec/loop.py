@@ -5,7 +5,6 @@ Strategies arrive as values; no concrete drafter, verifier or policy is known he
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,18 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import pytree, sampling, stats, status
+from jaxspec import sampling, stats, status
 from jaxspec.sampling import processing
+from jaxspec.states import Engine, LogProbs, Outputs, Request, State, with_strong_types
 from jaxspec.types import (
     NO_TOKEN,
-    PREFILL_CHUNK,
     Cache,
     Context,
     Draft,
-    Drafter,
-    LanguageModel,
     Outcome,
-    Policy,
     Verdict,
     Verifier,
 )
@@ -33,199 +29,6 @@ Array: TypeAlias = jax.Array
 
 # Purposes that a round's key is folded with: no two draws share a key.
 _PROPOSE, _VERIFY, _NOISE = 0, 1, 2
-
-
-@pytree.dataclass
-class Engine:
-    """What stays the same from call to call; weights are leaves, the rest is static.
-
-    Attributes:
-      target: the model whose distribution is kept.
-      drafter: None decodes plainly, through the same loop.
-      verifier: the acceptance rule.
-      policy: how much to draft.
-      num_draft_tokens: K, the static maximum of drafts in a round; 0 without a drafter.
-      kinds: the strategies' classes, so that programs of two never mix, however their authors
-        registered them (see `jaxspec.pytree.dataclass`).
-    """
-
-    target: LanguageModel
-    drafter: Drafter | None
-    verifier: Verifier
-    policy: Policy
-    num_draft_tokens: int = pytree.static()
-    kinds: tuple[type, ...] = pytree.static()
-
-    @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        """The target layers that the drafter reads."""
-        return () if self.drafter is None else self.drafter.hidden_layers
-
-    def replace(self, **changes: Any) -> Engine:
-        """Returns a copy with the given fields changed."""
-        strategies = [changes.get(n, getattr(self, n)) for n in ("drafter", "verifier", "policy")]
-        return dataclasses.replace(self, **changes, kinds=tuple(map(type, strategies)))
-
-
-class Request(NamedTuple):
-    """What a call asks for; read by every round, never changed.
-
-    Attributes:
-      keys: key[B], one a row; it follows the request, not the slot in the batch.
-      prompt_lengths: i32[B].
-      max_lengths: i32[B], prompt + new tokens at which a row stops.
-      eos_ids: i32[E], tokens that end a row; E may be 0.
-      stop_sequences: i32[B, W, L], tokens in a row that end it, filled with -1 on the left; W may
-        be 0.
-      options: the resolved sampling options.
-    """
-
-    keys: Array
-    prompt_lengths: Array
-    max_lengths: Array
-    eos_ids: Array
-    stop_sequences: Array
-    options: sampling.Options
-
-
-class State(NamedTuple):
-    """What the loop carries.
-
-    Invariants:
-      1. Caches are valid below `lengths - 1`; the last committed token is pending: the next
-         forward feeds it.
-      2. Slots beyond are garbage, finite, and overwritten before anything sees them. Rolling
-         back is not advancing `lengths`.
-      3. A row that has stopped emits nothing and disturbs no one.
-      4. A row's tokens do not depend on the other rows, the batch size or the padding. Inside a
-         row, randomness is keyed by (round, purpose, offset): a position that is tried again
-         sees new numbers. Only the noise of rules that ask for it (`verifiers.match`) is keyed
-         by position.
-      5. The q that verification uses is bit for bit the q that was sampled from.
-      6. No host round-trip.
-      7. No cache is copied.
-      8. Arithmetic does not depend on the width or the batch (the model's part; see
-         `jaxspec_models.layers`).
-    """
-
-    # Evolves.
-    lengths: Array  # i32[B], committed tokens, prompt included
-    status: Array  # i32[B], see jaxspec.status
-    num_rounds: Array  # i32[B], rounds the row took part in
-    memory: sampling.Memory  # what penalties look back on
-    policy: Any
-    # Reported.
-    log_probs: Array  # f32[B, T], of new tokens
-    stats: stats.Stats
-    # Written in place.
-    tokens: Array  # i32[B, N], prompt and output
-    cache: Cache  # the target's
-    drafter: Any
-
-
-def token_buffer_length(max_prompt: int, max_new_tokens: int, num_draft_tokens: int) -> int:
-    """N: room for the drafts of a row that is one token short of its limit."""
-    return max_prompt + max_new_tokens + num_draft_tokens + 1
-
-
-def cache_capacity(max_prompt: int, max_new_tokens: int, num_draft_tokens: int) -> int:
-    """Slots that calls may write: no write is ever clamped.
-
-    Prefill writes whole chunks; a round writes K + 1 slots from the pending token on, and a
-    drafter up to one slot more.
-    """
-    whole_chunks = -(-max_prompt // prefill_width(max_prompt)) * prefill_width(max_prompt)
-    return max(whole_chunks, token_buffer_length(max_prompt, max_new_tokens, num_draft_tokens) + 1)
-
-
-def prefill_width(max_prompt: int) -> int:
-    """Tokens in one prefill call."""
-    return min(max_prompt, PREFILL_CHUNK)
-
-
-def prefill(engine: Engine, request: Request, prompts: Array, *, max_new_tokens: int) -> State:
-    """Feeds the prompts to target and drafter, chunk by chunk.
-
-    The last prompt token stays pending, so that no logits are formed at all; the first round
-    forms them for that token only. Chunks that no row needs are skipped: the number of chunks is
-    data.
-
-    Args:
-      engine: the strategies.
-      request: what is asked for.
-      prompts: i32[B, L], right-padded with valid token ids.
-      max_new_tokens: T.
-
-    Returns:
-      The `State` before the first round.
-    """
-    batch, max_prompt = prompts.shape
-    target, drafter = engine.target, engine.drafter
-    capacity = cache_capacity(max_prompt, max_new_tokens, engine.num_draft_tokens)
-    width = prefill_width(max_prompt)
-    hidden_layers = engine.hidden_layers
-    num_to_feed = request.prompt_lengths - 1
-
-    def feed_chunk(index: Array, carry: tuple[Cache, Any]) -> tuple[Cache, Any]:
-        cache, drafter_state = carry
-        at = index * width
-        # The last chunk of a prompt array that is no multiple of the width: gather, not slice,
-        # which would clamp and shift.
-        columns = jnp.minimum(at + jnp.arange(width), max_prompt - 1)
-        tokens = prompts[:, columns]
-        start = jnp.full((batch,), at, jnp.int32)
-        num_new = jnp.clip(num_to_feed - at, 0, width)
-        none = jnp.zeros((batch, 0), jnp.int32)
-        output, cache = target.forward(
-            tokens,
-            cache,
-            start=start,
-            num_new=num_new,
-            logits_at=none,
-            hidden_layers=hidden_layers,
-        )
-        if drafter is not None:
-            drafter_state = drafter.prefill(drafter_state, tokens, output.hidden, start, num_new)
-        return cache, drafter_state
-
-    carry = (
-        target.init_cache(batch, capacity, max(width, engine.num_draft_tokens + 1)),
-        None if drafter is None else drafter.init(batch, capacity),
-    )
-    num_chunks = (jnp.max(num_to_feed) + width - 1) // width
-    cache, drafter_state = lax.fori_loop(0, num_chunks, feed_chunk, carry)
-
-    size = token_buffer_length(max_prompt, max_new_tokens, engine.num_draft_tokens)
-    tokens = jnp.pad(prompts, ((0, 0), (0, size - max_prompt)))
-    state = State(
-        lengths=request.prompt_lengths,
-        status=jnp.full((batch,), status.RUNNING, jnp.int32),
-        num_rounds=jnp.zeros((batch,), jnp.int32),
-        memory=sampling.recall(
-            request.options, prompts, request.prompt_lengths, vocab_size=target.vocab_size
-        ).memory,
-        policy=engine.policy.init(batch),
-        log_probs=jnp.zeros((batch, max_new_tokens), jnp.float32),
-        stats=stats.init(batch, engine.num_draft_tokens),
-        tokens=tokens,
-        cache=cache,
-        drafter=drafter_state,
-    )
-    return _with_strong_types(state)
-
-
-def _with_strong_types(state: State) -> State:
-    """Whatever policies and drafters return, a state fits the program that it came from.
-
-    A weakly typed array (`jnp.where(x, 1.0, 0.0)`) is another type to `jit`, which would compile
-    the loop anew for the second round of a stream.
-    """
-
-    def harden(x: Any) -> Any:
-        return lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
-
-    policy, drafter = jax.tree.map(harden, (state.policy, state.drafter))
-    return state._replace(policy=policy, drafter=drafter)
 
 
 def run(engine: Engine, request: Request, state: State, limit: Array | int) -> State:
@@ -252,7 +55,7 @@ def run(engine: Engine, request: Request, state: State, limit: Array | int) -> S
         rounds, state = carry
         return rounds + 1, one_round(engine, request, state)
 
-    return _with_strong_types(lax.while_loop(goes_on, step, (jnp.int32(0), state))[1])
+    return with_strong_types(lax.while_loop(goes_on, step, (jnp.int32(0), state))[1])
 
 
 def verification_widths(num_draft_tokens: int) -> tuple[int, ...]:
@@ -289,7 +92,7 @@ class _Judged(NamedTuple):
     draft: Draft  # cut where a law is not finite
     verdict: Verdict
     num_finite: Array  # i32[B], positions with a finite law before the first without
-    emitted_log_probs: Array  # f32[B, K + 1], what is reported of the verdict's tokens
+    log_probs: LogProbs  # [B, K + 1], of the verdict's tokens
     zeros: stats.ZeroProbabilities
     target_log_probs: Array  # f32[B, K + 1, V]
     hidden: tuple[Array, ...]  # [B, K + 1, D] each
@@ -316,7 +119,7 @@ def one_round(engine: Engine, request: Request, state: State) -> State:
     )
     if engine.drafter is not None:
         drafter_state = engine.drafter.commit(drafter_state, outcome)
-    tokens, log_probs = _write(request, state, verdict, num_emitted, judged.emitted_log_probs)
+    tokens, log_probs = _write(request, state, verdict, num_emitted, judged.log_probs)
     return State(
         lengths=state.lengths + num_emitted,
         status=jnp.where(is_active, new_status, state.status),
@@ -324,6 +127,7 @@ def one_round(engine: Engine, request: Request, state: State) -> State:
         memory=sampling.remember(state.memory, verdict.tokens, num_emitted),
         policy=engine.policy.update(state.policy, outcome),
         log_probs=log_probs,
+        prompt_log_probs=state.prompt_log_probs,
         stats=stats.update(state.stats, outcome, judged.zeros),
         tokens=tokens,
         cache=judged.cache,
@@ -410,7 +214,7 @@ def _judge_at_width(
     tokens = verdict.tokens.astype(jnp.int32)
     offsets = jnp.arange(width, dtype=jnp.int32)
     emitted = jnp.where(offsets[None] <= verdict.num_accepted[:, None], tokens, 0)
-    emitted_log_probs = jnp.take_along_axis(scores.report, emitted[:, :, None], axis=2)[:, :, 0]
+    log_probs = _reported(engine.outputs, request.options, logits, scores.report, emitted)
 
     zeros = stats.zero_probabilities(draft, scores.log_probs)
     is_fallback = verdict.is_fallback
@@ -431,11 +235,29 @@ def _judge_at_width(
             is_fallback=is_fallback,
         ),
         num_finite=num_finite,
-        emitted_log_probs=widen(emitted_log_probs),
+        log_probs=jax.tree.map(widen, log_probs),
         zeros=jax.tree.map(widen, zeros),
         target_log_probs=widen(scores.log_probs),
         hidden=jax.tree.map(widen, output.hidden),
     )
+
+
+def _reported(
+    outputs: Outputs, options: sampling.Options, logits: Array, report: Array, tokens: Array
+) -> LogProbs:
+    """What is reported of `tokens` i32[B, K + 1], of laws and logits f32[B, K + 1, V]."""
+
+    def of_tokens(law: Array) -> Array:
+        return jnp.take_along_axis(law, tokens[:, :, None], axis=2)[:, :, 0]
+
+    chosen = raw = of_tokens(report)
+    if options.are_on:
+        raw = of_tokens(jax.vmap(jax.vmap(sampling.log_softmax))(logits))
+    most = outputs.num_top_log_probs
+    if most == 0:
+        return LogProbs(chosen, raw, report[:, :, :0], jnp.zeros_like(tokens)[:, :, None][:, :, :0])
+    top, top_ids = lax.top_k(report, most)
+    return LogProbs(chosen, raw, top, top_ids.astype(jnp.int32))
 
 
 def _propose(engine: Engine, request: Request, state: State, is_active: Array) -> tuple[Draft, Any]:
@@ -553,8 +375,8 @@ def _ends_stop_sequence(request: Request, state: State, tokens: Array) -> Array:
 
 
 def _write(
-    request: Request, state: State, verdict: Verdict, num_emitted: Array, new_log_probs: Array
-) -> tuple[Array, Array]:
+    request: Request, state: State, verdict: Verdict, num_emitted: Array, new: LogProbs
+) -> tuple[Array, LogProbs]:
     """Writes the committed tokens and their log-probabilities at each row's own length."""
     rows = jnp.arange(num_emitted.shape[0])[:, None]
     offsets = jnp.arange(verdict.tokens.shape[1])[None]
@@ -564,8 +386,11 @@ def _write(
     tokens = state.tokens.at[rows, jnp.where(is_new, at, state.tokens.shape[1])].set(
         emitted, mode="drop"
     )
-    column = jnp.where(is_new, at - request.prompt_lengths[:, None], state.log_probs.shape[1])
-    return tokens, state.log_probs.at[rows, column].set(new_log_probs, mode="drop")
+    size = state.log_probs.chosen.shape[1]
+    column = jnp.where(is_new, at - request.start_lengths[:, None], size)
+    return tokens, jax.tree.map(
+        lambda all_, new: all_.at[rows, column].set(new, mode="drop"), state.log_probs, new
+    )
 
 
 def _keys(keys: Array, rounds: Array, purpose: int, count: int) -> Array:

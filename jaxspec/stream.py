@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from jaxspec import arguments, status
-from jaxspec.generate import Generation, prefill, result, run
+from jaxspec.generate import Generation, begin, finish, run
 from jaxspec.types import LanguageModel
 
 
 def stream(
-    target: LanguageModel, prompts: Any, **kwargs: Any
+    target: LanguageModel, prompts: Any = None, **kwargs: Any
 ) -> Generator[tuple[int, np.ndarray], None, Generation]:
     """Yields new tokens as rounds end.
 
@@ -56,7 +56,7 @@ def stream(
 
 def _stream(prepared: arguments.Prepared):
     engine, request = prepared.engine, prepared.request
-    state = prefill(engine, request, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
+    state = begin(prepared)
     lengths = np.asarray(state.lengths)
     while np.any(np.asarray(state.status) == status.RUNNING):
         state = run(engine, request, state, 1)
@@ -64,4 +64,4 @@ def _stream(prepared: arguments.Prepared):
         for row in np.flatnonzero(new_lengths > lengths):
             yield int(row), tokens[row, lengths[row] : new_lengths[row]].copy()
         lengths = new_lengths
-    return result(engine, request, state, pad_id=prepared.pad_id)
+    return finish(prepared, state)

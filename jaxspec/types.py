@@ -80,7 +80,8 @@ class LanguageModel:
 
     `init_cache(batch, capacity, max_step) -> cache` makes a cache of at least `capacity` slots;
     `max_step` is the most tokens that one call will write. A call never writes at or beyond
-    `capacity`. All slots must be finite.
+    `capacity`. All slots must be finite. A larger cache has the slots of a smaller one first, so
+    that zeros behind a cache make it larger (`generate(state=…)` does that).
 
     Attributes:
       params: pytree of arrays.
@@ -346,11 +347,15 @@ class Drafter(Protocol):
     ) -> Any:
         """Takes in one chunk of the prompts.
 
+        Where a text is taken up again (`generate(state=…)`), `start` is the slot of the token that
+        was pending. What the drafter has not seen of the tokens before it, it finds in
+        `Context.tokens`.
+
         Args:
           state: the drafter's state.
           tokens: i32[B, T], T ≤ `PREFILL_CHUNK`.
           hidden: the target's hidden states [B, T, D] of each layer in `hidden_layers`.
-          start: i32[B], the number of prompt tokens taken in before.
+          start: i32[B], the number of tokens before the chunk.
           num_new: i32[B], tokens of this chunk that belong to the row; the rest is padding. The
             last prompt token is never part of a chunk: it is pending.
         """

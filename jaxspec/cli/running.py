@@ -155,7 +155,9 @@ def compile_programs(target: jaxspec.LanguageModel, prompt_ids: list[int], **opt
     # The same shapes, a prompt of one token and one token to write: one cheap round.
     lengths = jnp.ones_like(prepared.request.prompt_lengths)
     engine = prepared.engine
-    request = prepared.request._replace(prompt_lengths=lengths, max_lengths=lengths + 1)
+    request = prepared.request._replace(
+        prompt_lengths=lengths, start_lengths=lengths, max_lengths=lengths + 1
+    )
     state = prefill(engine, request, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
     state = run(engine, request, state, 1)
     jax.block_until_ready(result(engine, request, state, pad_id=prepared.pad_id))

@@ -83,7 +83,9 @@ class ModelDrafter:
         _, cache = self.lm.forward(
             tokens, state.cache, start=start, num_new=num_new, logits_at=none
         )
-        return ModelState(cache, state.num_cached + num_new)
+        # Behind a gap, the cache counts as far as to the gap, and catches up from there.
+        has_gap = state.num_cached < start
+        return ModelState(cache, jnp.where(has_gap, state.num_cached, start + num_new))
 
     def propose(
         self,

@@ -15,17 +15,17 @@ Array: TypeAlias = jax.Array
 
 @pytree.dataclass
 class Fixed:
-    """See `fixed`. State: i32[B], the length, so that rows are counted."""
+    """See `fixed`. State: i32[B] zeros, so that rows are counted."""
 
     length: Any
 
     def init(self, batch: int) -> Array:
         """i32[B]."""
-        return jnp.broadcast_to(jnp.asarray(self.length, jnp.int32), (batch,))
+        return jnp.zeros((batch,), jnp.int32)
 
     def num_draft(self, state: Array) -> Array:
         """i32[B]."""
-        return state
+        return jnp.broadcast_to(jnp.asarray(self.length, jnp.int32), state.shape)
 
     def keep_drafting(self, state: Array, signals: Signals) -> Array:
         """Always true, bool[B]."""

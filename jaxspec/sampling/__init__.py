@@ -11,6 +11,7 @@ Whatever looks back counts the drafted prefix as if it had been emitted.
 - `processing`: all of it, in its order.
 """
 
+from jaxspec.sampling.cuts import log_softmax as log_softmax
 from jaxspec.sampling.memory import History as History
 from jaxspec.sampling.memory import Memory as Memory
 from jaxspec.sampling.memory import Text as Text

@@ -131,6 +131,12 @@ class Options:
     is_greedy: bool = pytree.static()
 
     @property
+    def are_on(self) -> bool:
+        """Whether an option changes the law of a token (of a greedy row: at temperature 1)."""
+        names = (field.name for field in dataclasses.fields(self) if field.name != "is_greedy")
+        return any(getattr(self, name) is not None for name in names)
+
+    @property
     def can_ban(self) -> bool:
         """Whether an option might leave no token at all."""
         return any(getattr(self, name) is not None for name in _BANS)

@@ -96,8 +96,8 @@ def check_lossless(
 ) -> LosslessReport:
     """Draws many texts through `generate` and compares them with the exact law.
 
-    Each prompt becomes `num_samples` rows; the rows of all prompts are mixed in one batch, so
-    that prompts of other lengths, options and fates are each row's neighbours. Beside the law of
+    Each prompt becomes many rows; the rows of all prompts are mixed in one batch, so that prompts
+    of other lengths, options and fates are each row's neighbours. Beside the law of
     every prompt, the reported log-probabilities, the counters and the padding are checked, and for
     rules that promise it (`guarantee = "tokens"`), that the texts are those of plain decoding.
 
@@ -113,9 +113,9 @@ def check_lossless(
       num_draft_tokens: K.
       eos_ids: None: the target's; (): texts never end early.
       stop_sequences: token-id lists, the same for all prompts.
-      num_samples: rows for each prompt; None: enough to see a law that is off by a total
-        variation of 0.03 with probability 0.99, but at most 200,000 (the report says what would be
-        seen).
+      num_samples: rows for each prompt; None: for each as many as it takes to see a law that is
+        off by a total variation of 0.03 with probability 0.99, but at most 200,000 (the report
+        says what would be seen).
       false_alarm: the probability with which a correct program fails, for each prompt.
       key: a PRNG key; None: `jax.random.key(0)`.
       generate: what draws, for testing a wrapper around `jaxspec.generate`.
@@ -152,9 +152,12 @@ def check_lossless(
         )
         for i, prompt in enumerate(prompts)
     ]
-    if num_samples is None:
-        num_samples = max(_num_samples(oracle.law, false_alarm) for oracle in oracles)
-    kind = np.arange(num_samples * num_kinds) % num_kinds
+    kind = _mixed(
+        [
+            _num_samples(oracle.law, false_alarm) if num_samples is None else int(num_samples)
+            for oracle in oracles
+        ]
+    )
     arguments = {
         "prompt_lengths": lengths[kind],
         "sampling": per_prompt(sampling, kind, num_kinds),
@@ -209,6 +212,13 @@ def _num_samples(law: Law, false_alarm: float) -> int:
     while size < _MOST_SAMPLES and power_of(law, size, 0.03, false_alarm=false_alarm) < 0.99:
         size = min(int(1.2 * size), _MOST_SAMPLES)
     return size
+
+
+def _mixed(sizes: Sequence[int]) -> Array:
+    """The prompt of each row, i64[sum of `sizes`]: those of each spread evenly over the batch."""
+    kinds = np.repeat(np.arange(len(sizes)), sizes)
+    places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    return kinds[np.argsort(places, kind="stable")]
 
 
 def _texts(tokens: Array, lengths: Array) -> dict[Text, Array]:

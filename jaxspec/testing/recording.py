@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import arguments, loop, policies, pytree
+from jaxspec import arguments, loop, policies, prefilling, pytree
 from jaxspec.sampling import Sampling
 from jaxspec.testing.rows import pad_prompts, per_prompt
 from jaxspec.types import NO_TOKEN, Context, Draft, Drafter, LanguageModel, Outcome, Verdict
@@ -97,7 +97,7 @@ class Recording:
 
 
 _one_round = jax.jit(loop.one_round)
-_prefill = jax.jit(loop.prefill, static_argnames="max_new_tokens")
+_prefill = jax.jit(prefilling.prefill, static_argnames="max_new_tokens")
 
 
 class FormError(Exception):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxspec
-from jaxspec import arguments, drafters, loop, policies, pytree, status
+from jaxspec import arguments, drafters, loop, policies, prefilling, pytree, status
 from jaxspec.policies.fixed import Fixed
 from jaxspec.testing import random_logits, table_model
 
@@ -237,7 +237,7 @@ def _counting(lm):
 
 def _final_state(target, prompts, **kwargs):
     prepared = arguments.prepare(target, prompts, **kwargs)
-    state = loop.prefill(
+    state = prefilling.prefill(
         prepared.engine, prepared.request, prepared.prompts,
         max_new_tokens=prepared.max_new_tokens,
     )  # fmt: skip
@@ -276,7 +276,9 @@ def test_prefill_chunks_that_no_row_needs_are_skipped():
         _counting(_model()), tokens, prompt_lengths=np.array([257, 20]), sampling=_GREEDY,
         max_new_tokens=4,
     )  # fmt: skip
-    state = loop.prefill(prepared.engine, prepared.request, prepared.prompts, max_new_tokens=4)
+    state = prefilling.prefill(
+        prepared.engine, prepared.request, prepared.prompts, max_new_tokens=4
+    )
     _, fed, calls = state.cache
     assert fed.tolist() == [256, 19]
     assert int(calls) == 1

@@ -127,6 +127,14 @@ def _in_loop(*patches, within=None):
     }
 
 
+def _in_prefill(*patches):
+    return lambda: {
+        "generate": functools.partial(
+            generate_with, loop, prefilling=mutant("jaxspec.prefilling", *patches)
+        )
+    }
+
+
 def _in_drafter(*patches, lm=matrix.OTHER):
     return lambda: {"drafter": mutant(_DRAFTER, *patches).model(lm)}
 
@@ -236,10 +244,9 @@ _MUTANTS = {
                                           "draft.tokens, draft.length"))),
     ),
     "output penalties count the prompt": (
-        _LOOKING_BACK, ["presence penalty"], _in_loop(
-            ("            request.options, prompts, request.prompt_lengths, vocab_size=target",
-             "            request.options, prompts, request.prompt_lengths, "
-             "prompt_lengths=0 * request.prompt_lengths, vocab_size=target")),
+        _LOOKING_BACK, ["presence penalty"], _in_prefill(
+            ("        prompt_lengths=request.prompt_lengths,\n",
+             "        prompt_lengths=0 * request.prompt_lengths,\n")),
     ),
     "the end counted from the prompt's beginning": (
         _LOOKING_BACK, ["min new tokens"], _in_loop(

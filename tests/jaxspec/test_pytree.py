@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxspec import drafters, loop, policies, pytree, verifiers
+from jaxspec import drafters, policies, pytree, states, verifiers
 from jaxspec.verifiers.greedy import Greedy
 from jaxspec.verifiers.rejection import Rejection
 
@@ -78,7 +78,7 @@ def test_the_engine_tells_strategies_of_any_registration_apart():
         pass
 
     def structure(verifier):
-        kinds = (type(None), type(verifier), policies.fixed)
-        return jax.tree.structure(loop.Engine(None, None, verifier, None, 0, kinds))
+        outputs, kinds = states.Outputs(), (type(None), type(verifier), policies.fixed)
+        return jax.tree.structure(states.Engine(None, None, verifier, None, 0, outputs, kinds))
 
     assert structure(Mine()) != structure(verifiers.greedy())

@@ -6,30 +6,41 @@ import functools
 
 import jax
 
-from jaxspec import arguments
-from jaxspec.generate import result
+from jaxspec import arguments, prefilling
+from jaxspec.generate import finish
 
 
 @functools.cache
-def _compiled(module):
+def _compiled(loop, prefilling):
+    sizes = ("num_slots", "capacity", "max_new_tokens")
     return (
-        jax.jit(module.prefill, static_argnames="max_new_tokens"),
-        jax.jit(module.run),
+        jax.jit(prefilling.prefill, static_argnames="max_new_tokens"),
+        jax.jit(prefilling.resume, static_argnames=sizes),
+        jax.jit(loop.run, donate_argnames="state"),
     )
 
 
-def generate_with(module, target, prompts, *, arguments=arguments, **kwargs):
-    """`jaxspec.generate`, but by the loop in `module` (and by mutated `arguments`)."""
+def generate_with(
+    loop, target, prompts=None, *, arguments=arguments, prefilling=prefilling, **kwargs
+):
+    """`jaxspec.generate`, but by these modules, of which one or another is a mutant."""
     prepared = arguments.prepare(target, prompts, **kwargs)
-    prefill, run = _compiled(module)
-    state = prefill(
-        prepared.engine,
-        prepared.request,
-        prepared.prompts,
-        max_new_tokens=prepared.max_new_tokens,
-    )
-    state = run(prepared.engine, prepared.request, state, -1)
-    return result(prepared.engine, prepared.request, state, pad_id=prepared.pad_id)
+    prefill, resume, run = _compiled(loop, prefilling)
+    engine, request, size = prepared.engine, prepared.request, prepared.max_new_tokens
+    if prepared.resumption is None:
+        state = prefill(engine, request, prepared.prompts, max_new_tokens=size)
+    else:
+        continuation, num_slots, capacity = prepared.resumption
+        state = resume(
+            engine,
+            request,
+            prepared.prompts,
+            continuation,
+            num_slots=num_slots,
+            capacity=capacity,
+            max_new_tokens=size,
+        )
+    return finish(prepared, run(engine, request, state, -1))
 
 
 def compiled_parts(target, prompts, **kwargs):
