@@ -1,6 +1,7 @@
 """Exact speculative decoding in JAX: several tokens per target forward, one compiled program."""
 
 from jaxspec import drafters as drafters
+from jaxspec import lossy as lossy
 from jaxspec import policies as policies
 from jaxspec import status as status
 from jaxspec import testing as testing

@@ -69,6 +69,7 @@ def prepare(
     prompt_log_probs: bool = False,
     state: prefilling.Continuation | None = None,
     return_state: bool = False,
+    exact: bool = True,
 ) -> Prepared:
     """Checks the arguments of `jaxspec.generate`, which documents them.
 
@@ -87,6 +88,8 @@ def prepare(
         raise ValueError(f"pad_id must be a Python integer within int32, got {pad_id!r}.")
     outputs = _outputs(num_top_log_probs, prompt_log_probs, target.vocab_size)
     engine = _engine(target, drafter, verifier, policy, sampling, num_draft_tokens, outputs)
+    if exact:
+        _check_exact(engine)
     _check_count("num_return_sequences", num_return_sequences)
     if state is None:
         tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, target.vocab_size)
@@ -302,6 +305,23 @@ def _engine(
     chosen: Policy = policies.fixed(num_draft_tokens) if policy is None else policy
     kinds = (type(drafter), type(rule), type(chosen))
     return states.Engine(target, drafter, rule, chosen, num_draft_tokens, outputs, kinds)
+
+
+def _check_exact(engine: states.Engine) -> None:
+    name = type(engine.verifier).__name__
+    if engine.verifier.guarantee == "none":
+        raise ValueError(
+            f"{name} is a lossy rule: its texts have another distribution than the target's. Pass "
+            "exact=False to allow that, or verifier=None for the strongest exact rule."
+        )
+    for kind, strategy in (("drafter", engine.drafter), ("policy", engine.policy)):
+        if getattr(strategy, "is_anticipating", False):
+            raise ValueError(
+                f"the {kind} {type(strategy).__name__} drops drafted tokens for their own value, "
+                "which changes the output's distribution whatever the rule (arXiv 2211.17192 "
+                "needs draft lengths that do not look ahead). Decide before a token is drawn "
+                "(`Policy.keep_drafting`), or pass exact=False."
+            )
 
 
 def check_type(name: str, value: Any, protocol: type, home: str) -> None:

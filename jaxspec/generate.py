@@ -33,7 +33,8 @@ class Generation:
         `NONFINITE`.
       stats: `Stats`, per row.
       guarantee: "distribution": the tokens have exactly the target's distribution; "tokens"
-        (`verifiers.match`): they are also the same with any drafter, or none (static).
+        (`verifiers.match`): they are also the same with any drafter, or none; "none": a lossy
+        rule was allowed by `exact=False` (static).
       top_log_probs: f32[B, T, n], with `num_top_log_probs=n` the n largest log-probabilities of
         each position's law, that which `log_probs` is of, falling; then 0. Else None.
       top_ids: i32[B, T, n], their tokens; then `pad_id`. Else None.
@@ -81,7 +82,7 @@ def result(engine: states.Engine, request: states.Request, state: states.State, 
         raw_log_probs=reported.raw,
         status=state.status,
         stats=state.stats,
-        guarantee=engine.verifier.guarantee,
+        guarantee=engine.guarantee,
         top_log_probs=reported.top if has_top else None,
         top_ids=jnp.where(is_new[:, :, None], reported.top_ids, pad_id) if has_top else None,
         prompt_log_probs=state.prompt_log_probs,
@@ -139,6 +140,7 @@ def generate(
     prompt_log_probs: bool = False,
     state: prefilling.Continuation | None = None,
     return_state: bool = False,
+    exact: bool = True,
 ) -> Generation:
     """Writes text with the target's distribution, several tokens per target forward.
 
@@ -178,6 +180,8 @@ def generate(
         prompts, the call is what it would be behind the whole text; without, rows that stopped at
         their limit write on, as if the limit had been higher, and others stay as they are.
       return_state: whether to return a state, which keeps the caches' memory (static).
+      exact: whether to refuse what does not keep the target's distribution: rules of
+        `jaxspec.lossy`, and policies or drafters that call themselves anticipating.
 
     Returns:
       A `Generation`.
@@ -224,5 +228,6 @@ def generate(
         prompt_log_probs=prompt_log_probs,
         state=state,
         return_state=return_state,
+        exact=exact,
     )
     return finish(prepared, run(prepared.engine, prepared.request, begin(prepared), -1))

@@ -74,6 +74,14 @@ class Engine:
     kinds: tuple[type, ...] = pytree.static()
 
     @property
+    def guarantee(self) -> str:
+        """What `Generation.guarantee` says; see there."""
+        is_anticipating = any(
+            getattr(strategy, "is_anticipating", False) for strategy in (self.drafter, self.policy)
+        )
+        return "none" if is_anticipating else self.verifier.guarantee
+
+    @property
     def hidden_layers(self) -> tuple[int, ...]:
         """The target layers that the drafter reads."""
         return () if self.drafter is None else self.drafter.hidden_layers

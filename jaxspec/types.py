@@ -313,7 +313,8 @@ class Verifier(Protocol):
     def guarantee(self) -> str:
         """What `Generation.guarantee` says (static).
 
-        "distribution": lossless; "tokens": lossless, and the tokens follow the key alone.
+        "distribution": lossless; "tokens": lossless, and the tokens follow the key alone; "none":
+        lossy, see `jaxspec.lossy`.
         """
         ...
 
@@ -393,7 +394,8 @@ class Policy(Protocol):
     """Chooses how much is drafted, round by round. A registered pytree.
 
     For sampled drafts, whether slot k is drafted may depend only on the tokens before it, on the
-    distribution q_k and on hidden states: never on token k itself.
+    distribution q_k and on hidden states: never on token k itself. A policy (or a drafter) that
+    breaks this says so with a static `is_anticipating = True`, and needs `exact=False`.
     """
 
     def init(self, batch: int) -> Any:

@@ -48,7 +48,7 @@ def residual(draft: Draft, target_log_probs: Array, slot: Array, log_weight: Arr
       draft: the row's draft.
       target_log_probs: f32[K + 1, V].
       slot: i32[], below K.
-      log_weight: f32[] ≤ 0, log w.
+      log_weight: f32[], log w; of lossless rules ≤ 0.
     """
     target = jnp.exp(log_weight + target_log_probs[slot])
     if draft.log_probs is None:
@@ -75,7 +75,7 @@ def conclude(
       draft: the row's draft.
       target_log_probs: f32[K + 1, V].
       num_accepted: i32[], drafts accepted.
-      log_weight: f32[] ≤ 0, the residual is max(w · p - q, 0).
+      log_weight: f32[], the residual is max(w · p - q, 0); of lossless rules ≤ 0.
     """
     weights = jnp.exp(target_log_probs[num_accepted])
     is_fallback = jnp.zeros((), bool)

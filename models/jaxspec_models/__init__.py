@@ -2,7 +2,7 @@
 
 >>> import jaxspec_models
 >>> sorted(jaxspec_models.__all__)
-['generate_text', 'load', 'load_model', 'load_tokenizer']
+['from_hf', 'generate_text', 'load', 'load_model', 'load_tokenizer']
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxspec_models.huggingface import from_hf
     from jaxspec_models.loading import load, load_model, load_tokenizer
     from jaxspec_models.text import generate_text
 
-__all__ = ["generate_text", "load", "load_model", "load_tokenizer"]
+__all__ = ["from_hf", "generate_text", "load", "load_model", "load_tokenizer"]
 
 # No module here may have the name of a function: importing it would replace the function.
 _MODULES = {
+    "from_hf": "jaxspec_models.huggingface",
     "generate_text": "jaxspec_models.text",
     "load": "jaxspec_models.loading",
     "load_model": "jaxspec_models.loading",

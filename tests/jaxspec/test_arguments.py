@@ -88,7 +88,7 @@ ERRORS = [
     ("too deep", {"prompts": [[[1, 2]]]}, r"wrap one prompt as \[prompt\]"),
     ("floats", {"prompts": [[1.0, 2.0]]}, "prompts must hold integers"),
     ("bools", {"prompts": [[True]]}, "prompts must hold integers"),
-    ("nothing", {"prompts": None}, r"integer array \[B, L\], got NoneType"),
+    ("nothing", {"prompts": None}, r"pass prompts: a list of token-id lists, or an array"),
     ("vector", {"prompts": np.array([1, 2])}, r"integer array \[B, L\], got int64\(2,\)"),
     ("float array", {"prompts": np.ones((1, 2))}, r"integer array \[B, L\], got float64"),
     ("no rows", {"prompts": np.zeros((0, 3), int)}, r"shape \(0, 3\): pass at least one token"),

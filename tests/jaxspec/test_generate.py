@@ -309,7 +309,7 @@ def test_generate_under_64_bit_jax():
         model = table_model(random_logits(3, vocab_size=6, order=2), order=2)
         other = table_model(random_logits(4, vocab_size=6, order=2), order=2)
         for drafter in (None, jaxspec.drafters.model(other), jaxspec.drafters.prompt_lookup()):
-            for temperature in (0, np.array([0.7, 0.0])):
+            for temperature in (0,) if drafter is None else (np.array([0.7, 0.0]),):
                 sampling = jaxspec.Sampling(
                     temperature=temperature, top_k=5, top_p=0.9, min_p=0.01, typical_p=0.97,
                     repetition_penalty=1.2, presence_penalty=0.2, frequency_penalty=0.1,
@@ -334,7 +334,7 @@ def test_generate_under_64_bit_jax():
     ]
     assert runs[1].returncode == 0, runs[1].stderr
     assert runs[1].stdout == runs[0].stdout
-    assert runs[0].stdout.count("int32 float32") == 6
+    assert runs[0].stdout.count("int32 float32") == 3
 
 
 def test_broken_options_under_a_trace_stop_the_row():
