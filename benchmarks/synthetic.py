@@ -116,7 +116,8 @@ class Coin:
 
 def speculation(acceptance: float) -> dict[str, Any]:
     """Arguments of `jaxspec.generate` that accept drafts at a rate of your choice."""
-    return {"drafter": FreeDrafter(), "verifier": Coin(jnp.float32(acceptance))}
+    verifier = Coin(jnp.float32(acceptance))
+    return {"drafter": FreeDrafter(), "verifier": verifier, "exact": False}
 
 
 def check() -> None:

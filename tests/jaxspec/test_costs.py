@@ -76,8 +76,11 @@ class Busy:
 
 
 def busy(*, per_call=0, per_token=0):
-    """The table model, slowed down; a unit is a millisecond or two."""
-    units = [jnp.int32(100_000 * units) for units in (per_call, per_token)]
+    """The table model, slowed down; a unit is several milliseconds.
+
+    Beside them the delays of a busy machine are short.
+    """
+    units = [jnp.int32(400_000 * units) for units in (per_call, per_token)]
     return TARGET.replace(params=(TARGET.params, *units), apply=Busy(TARGET.apply))
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.mutants import mutant
+from support.real import benchmark
 
 import jaxspec
 from jaxspec import Draft, Sampling, drafters, lossy, policies, pytree, verifiers
@@ -164,6 +165,10 @@ def test_the_check_of_whole_texts_sees_them(name):
     )  # fmt: skip
     assert not report.passed
     assert report.total_variation > 0.03
+
+
+def test_the_benchmarks_coin_accepts_at_the_rate_asked_for():
+    benchmark("synthetic").check()
 
 
 @pytest.mark.parametrize(
