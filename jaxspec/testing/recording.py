@@ -77,6 +77,7 @@ class Recording:
             num_draft_tokens=self.num_draft_tokens,
             eos_ids=(),
             key=keys,
+            exact=False,  # verdicts are scripted
         )
         state = _prefill(
             prepared.engine, prepared.request, prepared.prompts, max_new_tokens=self.max_new_tokens
