@@ -89,8 +89,10 @@ def result(engine: states.Engine, request: states.Request, state: states.State, 
     )
 
 
-def begin(prepared: arguments.Prepared) -> states.State:
-    """The state before the first round."""
+def begin(
+    prepared: arguments.Prepared, *, prefill: Any = prefill, resume: Any = resume
+) -> states.State:
+    """The state before the first round, by these programs."""
     engine, request, size = prepared.engine, prepared.request, prepared.max_new_tokens
     if prepared.resumption is None:
         return prefill(engine, request, prepared.prompts, max_new_tokens=size)

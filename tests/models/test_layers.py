@@ -66,12 +66,20 @@ def test_the_values_are_those_of_dense_attention():
                 np.testing.assert_allclose(ours[row, token, head], want, atol=2e-5)
 
 
-def test_the_same_under_64_bit_jax():
-    """Loop counters keep their dtypes."""
-    wanted = _attention(layers, 2, 2)[0](np.arange(6), 5)
+def _under_64_bits(module):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        got = _attention(layers, 2, 2)[0](np.arange(6), 5)
-    np.testing.assert_array_equal(got, wanted)
+        return _attention(module, 2, 2)[0](np.arange(6), 5)
+
+
+def test_the_same_under_64_bit_jax():
+    """What is summed up from block to block stays float32."""
+    wanted = _attention(layers, 2, 2)[0](np.arange(6), 5)
+    np.testing.assert_array_equal(_under_64_bits(layers), wanted)
+    module = mutant(
+        "jaxspec_models.layers", ("_UNSEEN / 2, jnp.float32)", "_UNSEEN / 2, jnp.float_)")
+    )
+    with pytest.raises(TypeError, match="carry"):
+        _under_64_bits(module)
 
 
 @pytest.mark.parametrize(

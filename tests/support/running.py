@@ -7,7 +7,7 @@ import functools
 import jax
 
 from jaxspec import arguments, prefilling
-from jaxspec.generate import finish
+from jaxspec.generate import begin, finish
 
 
 @functools.cache
@@ -26,21 +26,8 @@ def generate_with(
     """`jaxspec.generate`, but by these modules, of which one or another is a mutant."""
     prepared = arguments.prepare(target, prompts, **kwargs)
     prefill, resume, run = _compiled(loop, prefilling)
-    engine, request, size = prepared.engine, prepared.request, prepared.max_new_tokens
-    if prepared.resumption is None:
-        state = prefill(engine, request, prepared.prompts, max_new_tokens=size)
-    else:
-        continuation, num_slots, capacity = prepared.resumption
-        state = resume(
-            engine,
-            request,
-            prepared.prompts,
-            continuation,
-            num_slots=num_slots,
-            capacity=capacity,
-            max_new_tokens=size,
-        )
-    return finish(prepared, run(engine, request, state, -1))
+    state = begin(prepared, prefill=prefill, resume=resume)
+    return finish(prepared, run(prepared.engine, prepared.request, state, -1))
 
 
 def compiled_parts(target, prompts, **kwargs):
