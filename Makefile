@@ -20,7 +20,7 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.python
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.python
 	@echo "Installing jaxspec with its test and development tools ..."
-	@$(PIP) install --editable '.[models,train,test,dev]'
+	@$(PIP) install --editable '.[models,train,grammar,test,dev]'
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## a real model, several tokens per forward

@@ -6,7 +6,6 @@ change. Values under a trace are not checked.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -111,10 +110,7 @@ def prepare(
     def for_rows(tree: Any) -> Any:
         return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), tree) if copies > 1 else tree
 
-    options = resolve(sampling, num_prompts, target.vocab_size)
-    options = dataclasses.replace(
-        for_rows(dataclasses.replace(options, processor=None)), processor=options.processor
-    )
+    options = resolve(sampling, num_prompts, target.vocab_size).repeat(copies)
     if key is None and state is not None:
         row_keys = state.keys
     else:

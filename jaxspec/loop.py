@@ -124,7 +124,7 @@ def one_round(engine: Engine, request: Request, state: State) -> State:
         lengths=state.lengths + num_emitted,
         status=jnp.where(is_active, new_status, state.status),
         num_rounds=state.num_rounds + is_active.astype(jnp.int32),
-        memory=sampling.remember(state.memory, verdict.tokens, num_emitted),
+        memory=sampling.remember(request.options, state.memory, verdict.tokens, num_emitted),
         policy=engine.policy.update(state.policy, outcome),
         log_probs=log_probs,
         prompt_log_probs=state.prompt_log_probs,

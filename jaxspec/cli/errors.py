@@ -47,3 +47,7 @@ def told_to_the_user() -> Iterator[None]:
         if not name or name.startswith("jaxspec"):
             raise
         raise UserError(MISSING_EXTRA.format(name=name)) from error
+    except ImportError as error:
+        if error.name is not None:  # else our own, which says what to install
+            raise
+        raise UserError(error) from error

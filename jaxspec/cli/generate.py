@@ -16,7 +16,7 @@ import numpy as np
 
 import jaxspec
 from jaxspec.cli import running
-from jaxspec.cli.errors import UserError
+from jaxspec.cli.errors import UserError, told_to_the_user
 from jaxspec.loop import paid_widths
 from jaxspec.types import Policy
 
@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "drafter": _drafter(arguments),
         "policy": _policy(arguments, num_draft_tokens),
-        "sampling": sampling_options(arguments),
+        "sampling": dataclasses.replace(
+            sampling_options(arguments), grammar=_grammar(arguments, tokenizer, target)
+        ),
         "max_new_tokens": arguments.max_new_tokens,
         "num_draft_tokens": num_draft_tokens,
         "key": jax.random.key(arguments.seed, impl="threefry2x32"),
@@ -61,7 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     load_seconds = time.perf_counter() - start
     compile_seconds = running.compile_programs(target, prompt_ids, **options)
     on_text = (lambda text: None) if arguments.json else running.put
-    written = running.write(target, tokenizer, prompt_ids, on_text=on_text, **options)
+    written = running.write(
+        target, tokenizer, prompt_ids, on_text=on_text, stop=arguments.stop, **options
+    )
 
     code = int(written.generation.status[0])
     if arguments.json:
@@ -89,7 +93,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
         # What was no UTF-8 on the command line arrives as lone surrogates.
         encoded = text.encode("utf-8", errors="surrogateescape")
     elif arguments.prompt_file is not None:
-        source, encoded = arguments.prompt_file, _read_file(arguments.prompt_file)
+        source, encoded = arguments.prompt_file, _read_file(arguments.prompt_file, "prompt")
     elif sys.stdin is None or sys.stdin.isatty():
         raise UserError(
             "there is no prompt; pass --prompt TEXT or --prompt-file FILE, or pipe a text in "
@@ -97,12 +101,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
         )
     else:
         source, encoded = "standard input", sys.stdin.buffer.read()
-    try:
-        text = encoded.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the prompt from {source} is not UTF-8 (byte {error.start}); convert it first"
-        ) from error
+    text = _text(encoded, source, "prompt")
     if arguments.prompt is None:
         text = text.removesuffix("\n").removesuffix("\r")
     if not text:
@@ -110,12 +109,21 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     return text
 
 
-def _read_file(name: str) -> bytes:
+def _text(encoded: bytes, source: str, what: str) -> str:
+    try:
+        return encoded.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the {what} from {source} is not UTF-8 (byte {error.start}); convert it first"
+        ) from error
+
+
+def _read_file(name: str, what: str) -> bytes:
     try:
         return Path(name).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the prompt file {name} cannot be read: {reason}") from error
+        raise UserError(f"the {what} file {name} cannot be read: {reason}") from error
 
 
 def _drafter(arguments: argparse.Namespace) -> Any:
@@ -137,6 +145,21 @@ def _policy(arguments: argparse.Namespace, num_draft_tokens: int) -> Policy:
         overhead=jnp.float32(0.03),
     )
     return jaxspec.policies.guarded(jaxspec.policies.goodput(profile))
+
+
+def _grammar(
+    arguments: argparse.Namespace, tokenizer: Any, target: jaxspec.LanguageModel
+) -> jaxspec.sampling.Grammar | None:
+    if arguments.regex is None and arguments.json_schema is None:
+        return None
+    with told_to_the_user():
+        from jaxspec_models.grammars import json_grammar, regex_grammar
+
+        ids: dict[str, Any] = {"vocab_size": target.vocab_size, "eos_ids": target.eos_ids}
+        if arguments.regex is not None:
+            return regex_grammar(arguments.regex, tokenizer, **ids)
+        schema = _text(_read_file(arguments.json_schema, "schema"), arguments.json_schema, "schema")
+        return json_grammar(schema, tokenizer, **ids)
 
 
 def sampling_options(arguments: argparse.Namespace) -> jaxspec.Sampling:

@@ -31,6 +31,7 @@ examples:
   jaxspec generate --prompt "In a distant future,"
   jaxspec generate --chat --temperature 0.8 --top-p 0.9 --seed 1 --prompt "Name my goose."
   jaxspec generate --prompt-file story.txt --max-new-tokens 300 > more.txt
+  jaxspec generate --chat --json-schema pet.json --prompt "Describe a pet as JSON."
   jaxspec generate --model ./target --draft ./small-model-of-the-same-tokenizer --prompt "Once"
   cat notes.txt | jaxspec generate --chat --json | python -m json.tool
 
@@ -221,8 +222,28 @@ def _add_generate(commands: Any) -> None:
         help="another seed, another text; the same seed, the same text (default: %(default)s)",
     )
 
+    grammar = sampling.add_mutually_exclusive_group()
+    grammar.add_argument(
+        "--json-schema",
+        metavar="FILE",
+        help="write JSON of this schema, and nothing else (needs outlines-core)",
+    )
+    grammar.add_argument(
+        "--regex",
+        metavar="EXPRESSION",
+        help="write text that matches this expression as a whole (needs outlines-core)",
+    )
+
     output = parser.add_argument_group("output")
     _add_max_new_tokens(output, 128)
+    output.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        type=_nonempty,
+        default=[],
+        help="end behind this text once it is written; may be given several times",
+    )
     output.add_argument(
         "--json",
         action="store_true",
@@ -276,6 +297,12 @@ def _number(kind: type, is_allowed: Callable[[Any], bool], meaning: str) -> Call
         return value
 
     return read
+
+
+def _nonempty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:

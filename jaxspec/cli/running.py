@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -171,6 +171,7 @@ def write(
     prompt_ids: list[int],
     *,
     on_text: Callable[[str], None],
+    stop: Sequence[str] = (),
     **options: Any,
 ) -> Written:
     """Writes a text behind one prompt.
@@ -180,6 +181,7 @@ def write(
       tokenizer: the target's.
       prompt_ids: the prompt.
       on_text: called with each new piece of text, whole characters only.
+      stop: texts that end it, which is cut right behind the first of them.
       **options: of `jaxspec.generate`.
 
     Returns:
@@ -188,19 +190,25 @@ def write(
     Raises:
       UserError: the arguments are wrong.
     """
+    from jaxspec_models.text import cut_behind, stop_strings
     from jaxspec_models.tokenizer import Detokenizer
 
     detokenizer = Detokenizer(tokenizer)
-    pieces: list[str] = []
+    written = ""
 
-    def emit(text: str) -> None:
-        if text:
-            pieces.append(text)
-            on_text(text)
+    def emit(piece: str) -> None:
+        nonlocal written
+        whole = written + piece
+        cut = cut_behind(whole, stop)
+        new = whole if cut is None else cut
+        if len(new) > len(written):
+            on_text(new[len(written) :])
+        written = new
 
     start = time.perf_counter()
     with told_to_the_user():
-        rounds = jaxspec.stream(target, [prompt_ids], **options)
+        ends = stop_strings(tokenizer, stop) if stop else None
+        rounds = jaxspec.stream(target, [prompt_ids], stop=ends, **options)
     while True:
         try:
             _, ids = next(rounds)
@@ -211,4 +219,4 @@ def write(
     emit(detokenizer.finish())
     seconds = time.perf_counter() - start
     token_ids = np.asarray(generation.tokens)[0, : int(generation.lengths[0])].tolist()
-    return Written("".join(pieces), token_ids, generation, seconds)
+    return Written(written, token_ids, generation, seconds)

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxspec.sampling import grammar as grammars
 from jaxspec.sampling.options import Options
 
 Array: TypeAlias = jax.Array
@@ -23,10 +24,12 @@ class Memory(NamedTuple):
     Attributes:
       seen: bool[B, V], tokens that stand in the prompt or the output.
       counts: i32[B, V], how often each token stands in the output.
+      grammar: i32[B], the state of `Sampling.grammar` behind the output.
     """
 
     seen: Array | None
     counts: Array | None
+    grammar: Array | None
 
 
 class History(NamedTuple):
@@ -95,42 +98,46 @@ def recall(
     eos_ids = jnp.zeros((0,), jnp.int32) if eos_ids is None else eos_ids
     slots = jnp.arange(tokens.shape[1])[None]
     is_text = slots < lengths[:, None]
-    seen = counts = None
+    seen = counts = grammar = None
     if options.repetition_penalty is not None:
-        seen = _mark(jnp.zeros((batch, vocab_size), bool), tokens, is_text)
+        seen = jax.vmap(_mark)(jnp.zeros((batch, vocab_size), bool), tokens, is_text)
     if options.presence_penalty is not None or options.frequency_penalty is not None:
         is_output = is_text & (slots >= prompt_lengths[:, None])
-        counts = _count(jnp.zeros((batch, vocab_size), jnp.int32), tokens, is_output)
+        counts = jax.vmap(_count)(jnp.zeros((batch, vocab_size), jnp.int32), tokens, is_output)
+    if options.grammar is not None:
+        read = jax.vmap(grammars.read, in_axes=(options.row_axes().grammar, 0, 0, 0))
+        grammar = read(options.grammar, tokens, prompt_lengths, lengths)
     eos_ids = jnp.broadcast_to(eos_ids, (batch, eos_ids.shape[-1]))
-    return History(Memory(seen, counts), tokens, lengths, prompt_lengths, eos_ids)
+    return History(Memory(seen, counts, grammar), tokens, lengths, prompt_lengths, eos_ids)
 
 
-def remember(memory: Memory, tokens: Array, num_tokens: Array) -> Memory:
+def remember(options: Options, memory: Memory, tokens: Array, num_tokens: Array) -> Memory:
     """Adds the first `num_tokens` i32[B] of `tokens` i32[B, K + 1] to each row's memory."""
-    is_new = jnp.arange(tokens.shape[1])[None] < num_tokens[:, None]
-    return Memory(
-        None if memory.seen is None else _mark(memory.seen, tokens, is_new),
-        None if memory.counts is None else _count(memory.counts, tokens, is_new),
-    )
+    of_row = jax.vmap(with_drafts, in_axes=(options.row_axes(), 0, 0, 0))
+    return of_row(options, memory, tokens, num_tokens)
 
 
-def with_drafts(memory: Memory, prefix: Array, prefix_length: Array) -> Memory:
+def with_drafts(options: Options, memory: Memory, prefix: Array, prefix_length: Array) -> Memory:
     """One row's memory with the first `prefix_length` i32[] of `prefix` i32[K] added."""
-    rows = Memory(*(None if x is None else x[None] for x in memory))
+    is_new = jnp.arange(prefix.shape[0]) < prefix_length
+    seen, counts, state = memory
+    if state is not None:
+        assert options.grammar is not None  # `recall` remembers what these options ask for
+        state = grammars.advance(options.grammar, state, prefix, prefix_length)
     return Memory(
-        *(None if x is None else x[0] for x in remember(rows, prefix[None], prefix_length[None]))
+        None if seen is None else _mark(seen, prefix, is_new),
+        None if counts is None else _count(counts, prefix, is_new),
+        state,
     )
 
 
 def _mark(seen: Array, tokens: Array, where: Array) -> Array:
-    rows = jnp.arange(seen.shape[0])[:, None]
-    return seen.at[rows, _ids(tokens, where, seen)].set(True, mode="drop")
+    return seen.at[_ids(tokens, where, seen)].set(True, mode="drop")
 
 
 def _count(counts: Array, tokens: Array, where: Array) -> Array:
-    rows = jnp.arange(counts.shape[0])[:, None]
-    return counts.at[rows, _ids(tokens, where, counts)].add(1, mode="drop")
+    return counts.at[_ids(tokens, where, counts)].add(1, mode="drop")
 
 
 def _ids(tokens: Array, where: Array, table: Array) -> Array:
-    return jnp.where(where, tokens, table.shape[1])  # out of range: dropped
+    return jnp.where(where, tokens, table.shape[0])  # out of range: dropped

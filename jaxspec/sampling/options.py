@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import pytree
+from jaxspec.sampling import grammar as grammars
+from jaxspec.sampling.grammar import Grammar
 
 Array: TypeAlias = jax.Array
 PerRow: TypeAlias = Any  # a Python number, an array [] or [B], or None
@@ -30,8 +32,8 @@ class Sampling:
     values never retrace. What looks back counts drafted tokens as if they had been emitted.
 
     The order is HF's: logit bias, repetition penalty, frequency and presence penalties, the bans
-    (n-grams, bad words, end of text, suppressed tokens), `processor`; then temperature, top-k,
-    top-p, min-p, typical-p.
+    (n-grams, bad words, end of text, grammar, suppressed tokens), `processor`; then temperature,
+    top-k, top-p, min-p, typical-p.
 
     Attributes:
       temperature: f32 ≥ 0, divides the logits; 0 is greedy. The Python number 0 makes the whole
@@ -56,6 +58,9 @@ class Sampling:
       bad_words: token-id lists, or i32[W, L] or i32[B, W, L] filled with -1 on the left: the last
         token of each is banned where the tokens before it stand at the end of the text.
       suppress_tokens: ids i32[S], or i32[B, S] filled with -1: never written.
+      grammar: a `sampling.Grammar`, which the output follows from its first token on: from
+        `sampling.grammar_of`, or of an expression or a JSON schema from
+        `jaxspec_models.grammars`; `sampling.join_grammars` gives each row its own.
       processor: a function `(sampling.Text, logits f32[V]) -> logits f32[V]` of one row, pure and
         traceable; logits of -inf ban a token. It compares by value: pass a module-level function,
         or `jax.tree_util.Partial(function, parameters)` for one with arrays in it.
@@ -84,6 +89,7 @@ class Sampling:
     logit_bias: Any = None
     bad_words: Any = None
     suppress_tokens: Any = None
+    grammar: Grammar | None = None
     processor: Any = None
 
     @property
@@ -110,6 +116,7 @@ class Options:
       logit_bias: f32[B, V] or None.
       bad_words: i32[B, W, L] or None.
       suppress_tokens: i32[B, S] or None.
+      grammar: one for all rows, with a start for each, i32[B]; or None.
       processor: the user's, one for all rows, or None.
       is_greedy: static; every row takes the argmax.
     """
@@ -127,6 +134,7 @@ class Options:
     logit_bias: Array | None
     bad_words: Array | None
     suppress_tokens: Array | None
+    grammar: Grammar | None
     processor: Any
     is_greedy: bool = pytree.static()
 
@@ -143,7 +151,22 @@ class Options:
 
     def row_axes(self) -> Options:
         """The axes to map over for one row after another: 0, but None for what all rows share."""
-        return dataclasses.replace(jax.tree.map(lambda _: 0, self), processor=None)
+        axes = jax.tree.map(lambda _: 0, dataclasses.replace(self, processor=None, grammar=None))
+        nothing: Any = None  # is mapped over in the tables
+        grammar = self.grammar and Grammar(nothing, nothing, nothing, start=0)  # type: ignore[arg-type]
+        return dataclasses.replace(axes, grammar=grammar)
+
+    def repeat(self, times: int) -> Options:
+        """Every row's options as often, next to each other."""
+        own = dataclasses.replace(self, processor=None, grammar=None)
+        grammar = self.grammar
+        if grammar is not None:
+            grammar = dataclasses.replace(grammar, start=jnp.repeat(grammar.start, times))
+        return dataclasses.replace(
+            jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), own),
+            grammar=grammar,
+            processor=self.processor,
+        )
 
 
 _BANS = (
@@ -152,6 +175,7 @@ _BANS = (
     "logit_bias",
     "bad_words",
     "suppress_tokens",
+    "grammar",
     "processor",
 )
 
@@ -220,6 +244,7 @@ def check(sampling: Sampling, vocab_size: int) -> Options:
         logit_bias=_logit_bias(sampling.logit_bias, vocab_size),
         bad_words=id_lists("bad_words", sampling.bad_words, vocab_size),
         suppress_tokens=_ids("suppress_tokens", sampling.suppress_tokens, vocab_size),
+        grammar=grammars.check(sampling.grammar, vocab_size),
         processor=processor,
         is_greedy=sampling.is_greedy,
     )
@@ -347,6 +372,13 @@ def spread(options: Options, batch: int, *, whose: str = "") -> Options:
                 _shape_message(whose + name, f"({wanted}{',' * (not row_axes)})", array.shape)
             )
         spread_out[name] = jnp.broadcast_to(array, (batch, *row_shape))
+    if options.grammar is not None:
+        start = options.grammar.start
+        if start.shape not in ((), (batch,)):
+            raise ValueError(_shape_message(whose + "grammar.start", f"({batch},)", start.shape))
+        spread_out["grammar"] = dataclasses.replace(
+            options.grammar, start=jnp.broadcast_to(start, (batch,))
+        )
     return dataclasses.replace(options, **spread_out)
 
 

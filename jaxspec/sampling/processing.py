@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxspec import drawing
-from jaxspec.sampling import cuts, memory, penalties
+from jaxspec.sampling import cuts, grammar, memory, penalties
 from jaxspec.sampling.memory import History
 from jaxspec.sampling.options import Options
 
@@ -123,7 +123,7 @@ def _penalized(
     """The logits after bias, penalties and bans, f32[V]."""
     if options.logit_bias is not None:
         logits = logits + options.logit_bias
-    seen, counts = memory.with_drafts(history.memory, prefix, prefix_length)
+    seen, counts, state = memory.with_drafts(options, history.memory, prefix, prefix_length)
     if options.repetition_penalty is not None:
         assert seen is not None  # `memory.recall` remembers what these options ask for
         logits = penalties.penalize_repetition(logits, options.repetition_penalty, seen)
@@ -143,6 +143,9 @@ def _penalized(
         logits = penalties.ban_bad_words(logits, options.bad_words, text())
     if options.min_new_tokens is not None:
         logits = penalties.ban_early_end(logits, options.min_new_tokens, history, prefix_length)
+    if options.grammar is not None:
+        assert state is not None
+        logits = grammar.keep_allowed(logits, options.grammar, state)
     if options.suppress_tokens is not None:
         logits = penalties.ban(logits, options.suppress_tokens)
     if options.processor is not None:

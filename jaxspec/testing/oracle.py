@@ -246,6 +246,7 @@ def _penalized(
     logit_bias: Any = None,
     bad_words: Any = None,
     suppress_tokens: Any = None,
+    grammar: Any = None,
     processor: Any = None,
 ) -> Array:
     """What the options make of the logits before anything is cut off, float64[V]."""
@@ -274,6 +275,8 @@ def _penalized(
             banned.add(ids[-1])
     if len(output) < min_new_tokens:
         banned |= set(eos_ids)
+    if grammar is not None:
+        banned |= _disallowed(grammar, output)
     if suppress_tokens is not None:
         banned |= {token for token in np.asarray(suppress_tokens).tolist() if token >= 0}
     logits[[token for token in banned if token < len(logits)]] = -np.inf
@@ -282,6 +285,15 @@ def _penalized(
         text = Prefix(tokens, jnp.int32(len(context)), jnp.int32(prompt_length))
         logits = np.array(processor(text, jnp.asarray(logits, jnp.float32)), np.float64)
     return logits
+
+
+def _disallowed(grammar: Any, output: Sequence[int]) -> set[int]:
+    """The tokens that may not follow `output`, by the machine's transitions alone."""
+    table = np.asarray(grammar.next_states)[:, np.asarray(grammar.classes)]
+    state = np.asarray(grammar.start).item()
+    for token in output:
+        state = table[state, token]
+    return set(np.flatnonzero(table[state] < 0).tolist())
 
 
 def _padded(words: Any) -> Any:

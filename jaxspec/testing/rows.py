@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from jaxspec.sampling import Sampling
+from jaxspec.sampling import Grammar, Sampling
 from jaxspec.sampling.options import ROW_AXES
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -44,9 +44,13 @@ def per_prompt(sampling: Sampling, kind: Array | int, num_prompts: int) -> Sampl
     """
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a jaxspec.Sampling, got {sampling!r}.")
-    selected = {}
+    selected: dict[str, Any] = {}
     for field in dataclasses.fields(sampling):
         value = getattr(sampling, field.name)
+        if isinstance(value, Grammar):
+            starts: Any = np.broadcast_to(np.asarray(value.start), (num_prompts,))[kind]
+            selected[field.name] = dataclasses.replace(value, start=starts)
+            continue
         is_list = field.name in ROW_AXES and not hasattr(value, "shape")
         if field.name == "processor" or is_list:  # one for all
             selected[field.name] = value

@@ -2,7 +2,7 @@
 
 >>> import jaxspec_models
 >>> sorted(jaxspec_models.__all__)
-['from_hf', 'generate_text', 'load', 'load_model', 'load_tokenizer']
+['from_hf', 'generate_text', 'load', 'load_model', 'load_tokenizer', 'stop_strings']
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxspec_models.huggingface import from_hf
     from jaxspec_models.loading import load, load_model, load_tokenizer
-    from jaxspec_models.text import generate_text
+    from jaxspec_models.text import generate_text, stop_strings
 
-__all__ = ["from_hf", "generate_text", "load", "load_model", "load_tokenizer"]
+__all__ = ["from_hf", "generate_text", "load", "load_model", "load_tokenizer", "stop_strings"]
 
 # No module here may have the name of a function: importing it would replace the function.
 _MODULES = {
@@ -24,6 +24,7 @@ _MODULES = {
     "load": "jaxspec_models.loading",
     "load_model": "jaxspec_models.loading",
     "load_tokenizer": "jaxspec_models.loading",
+    "stop_strings": "jaxspec_models.text",
 }
 
 

@@ -155,6 +155,10 @@ class Detokenizer:
         """Returns what was held back: an unfinished character, as U+FFFD."""
         return self._advance((), is_last=True)
 
+    def held_back(self) -> str:
+        """What `finish` would return now."""
+        return self._decode(self._ids)[len(self._decode(self._ids[: self._context])) :]
+
     def _advance(self, ids: Iterable[int], *, is_last: bool) -> str:
         self._ids += [int(token) for token in ids]
         done = self._decode(self._ids[: self._context])

@@ -279,6 +279,27 @@ def report_of(ask, *arguments, **kwargs):
     return json.loads(ask("--json", *arguments, **kwargs))
 
 
+def test_a_stop_text_ends_the_output(ask):
+    whole = ask("--prompt", "hello hello", "--max-new-tokens", "40")
+    middle = whole[5:8]
+    cut = ask("--prompt", "hello hello", "--max-new-tokens", "40", "--stop", middle, "--stop", "ÿÿ")
+    assert cut == whole[: whole.index(middle) + len(middle)] + "\n"
+    report = report_of(ask, "--prompt", "hello hello", "--max-new-tokens", "40", "--stop", middle)
+    assert report["text"] + "\n" == cut
+    assert "stop" in report["status"]
+    assert len(report["token_ids"]) <= len(cut.encode())
+
+
+def test_expressions_and_schemas_are_followed(ask, tmp_path):
+    arguments = ("--prompt", "hello", "--temperature", "1", "--max-new-tokens", "40")
+    assert re.fullmatch("(ab|c){3}", ask(*arguments, "--regex", "(ab|c){3}").strip())
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"é": {"enum": [7, true]}}, '
+                      '"required": ["é"]}')  # fmt: skip
+    text = ask(*arguments, "--json-schema", str(schema))
+    assert json.loads(text)["é"] in (7, True)
+
+
 def test_json_is_what_generate_returns(models, ask):
     out = ask("--json", "--prompt", "hello hello")
     assert out.count("\n") == 1

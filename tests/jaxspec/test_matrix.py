@@ -55,7 +55,7 @@ def test_every_option_moves_the_law(mix, group):
         for name, options in matrix.GROUPS[group].items():
             if name == "min new tokens" and eos_ids == (matrix.VOCAB,):
                 continue  # no token ends the text
-            sampling = Sampling(**options, **fixed)
+            sampling = Sampling(**matrix.own(options), **fixed)
             moved = Oracle(matrix.TARGET, prompt, matrix.NEW, sampling, eos_ids=eos_ids).law
             texts = set(plain) | set(moved)
             distance = 0.5 * sum(abs(plain.get(t, 0.0) - moved.get(t, 0.0)) for t in texts)
@@ -117,7 +117,7 @@ _LOOP, _DRAFTER = "jaxspec.loop", "jaxspec.drafters.model"
 _RATIO, _PROCESSING = "jaxspec.verifiers.ratio", "jaxspec.sampling.processing"
 _CUTS, _MEMORY = "jaxspec.sampling.cuts", "jaxspec.sampling.memory"
 _BEFORE_KEYS = "    if _is_keyed_by_position(engine.verifier):\n        keys ="
-_REMEMBER = "memory=sampling.remember(state.memory, verdict.tokens, num_emitted)"
+_REMEMBER = "memory=sampling.remember(request.options, state.memory, verdict.tokens, num_emitted)"
 _ACCEPTED = "num_accepted=jnp.minimum(verdict.num_accepted, num_emitted)"
 
 
@@ -229,8 +229,8 @@ _MUTANTS = {
     ),
     "output penalties frozen at the block's start": (
         _LOOKING_BACK, ["frequency penalty"], _in_loop(
-            ("memory.with_drafts(history.memory, prefix, prefix_length)",
-             "memory.with_drafts(history.memory, prefix, 0 * prefix_length)"),
+            ("memory.with_drafts(options, history.memory, prefix, prefix_length)",
+             "memory.with_drafts(options, history.memory, prefix, 0 * prefix_length)"),
             within=_PROCESSING),
     ),
     "an n-gram banned one position late": (
@@ -248,6 +248,16 @@ _MUTANTS = {
         _LOOKING_BACK, ["presence penalty"], _in_prefill(
             ("        prompt_lengths=request.prompt_lengths,\n",
              "        prompt_lengths=0 * request.prompt_lengths,\n")),
+    ),
+    "a grammar advanced over a rejected draft": (
+        _LOOKING_BACK, ["grammar"], _in_loop(
+            (_REMEMBER, _REMEMBER.replace("verdict.tokens, num_emitted",
+                                          "draft.tokens, draft.length"))),
+    ),
+    "a grammar that stands still inside a draft": (
+        _LOOKING_BACK, ["grammar"], _in_loop(
+            ("state = grammars.advance(options.grammar, state, prefix, prefix_length)", "pass"),
+            within=(_PROCESSING, _MEMORY)),
     ),
     "the end counted from the prompt's beginning": (
         _LOOKING_BACK, ["min new tokens"], _in_loop(
@@ -392,5 +402,5 @@ def test_planted_bug_is_caught(name, record_property):
 
 
 def test_enough_bugs_are_planted():
-    assert len(_MUTANTS) == 36  # as the documents say; never fewer than 16
+    assert len(_MUTANTS) == 38  # as the documents say; never fewer than 16
     assert all(options for _, options, _ in _MUTANTS.values())

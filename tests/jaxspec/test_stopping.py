@@ -213,6 +213,90 @@ def test_the_law_is_that_of_cut_texts(rule):
 # Limits of each row.
 
 
+def stop_at(*sequences):
+    """The host's way to end a row: the earliest of these behind its new tokens."""
+    texts = {}
+
+    def stop(row, ids):
+        text = texts.setdefault(row, [])
+        for kept, token in enumerate(np.asarray(ids).tolist(), 1):
+            text.append(token)
+            if any(text[-len(sequence) :] == sequence for sequence in sequences):
+                return kept
+        return None
+
+    return stop
+
+
+def streamed(*args, **kwargs):
+    """The pieces by row, and the result."""
+    rounds, pieces = jaxspec.stream(*args, **kwargs), {}
+    while True:
+        try:
+            row, ids = next(rounds)
+        except StopIteration as end:
+            return pieces, end.value
+        pieces.setdefault(row, []).extend(ids.tolist())
+
+
+@pytest.mark.parametrize("drafter", ["none", "equal", "other", "lookup"])
+def test_a_stream_that_is_told_to_stop_is_what_stop_sequences_make_of_it(drafter):
+    """Tokens, log-probabilities, statistics and where the rows go on, bit for bit."""
+    chosen = {
+        "none": None,
+        "equal": drafters.model(TARGET),
+        "other": drafters.model(OTHER),
+        "lookup": drafters.prompt_lookup(max_ngram=1),
+    }[drafter]
+    sequences = [[1, 2], [3, 3], [2, 0]]  # 0 is an EOS
+    arguments = {
+        "drafter": chosen, "max_new_tokens": 14, "num_top_log_probs": 2, "return_state": True,
+        "sampling": Sampling(frequency_penalty=-0.5), "eos_ids": (0,), "num_draft_tokens": 3,
+    }  # fmt: skip
+    prompts, further = [[1, 2], [3], [0, 2, 1], [2], [1]], [[0, 1], [2], [3, 0], [1], [2]]
+    num_cut = 0
+    for seed in range(4):
+        key = jax.random.key(seed)
+        expected = jaxspec.generate(TARGET, prompts, stop_sequences=sequences, key=key, **arguments)
+        pieces, out = streamed(TARGET, prompts, stop=stop_at(*sequences), key=key, **arguments)
+        for name in ("tokens", "lengths", "status", "log_probs", "raw_log_probs", "top_log_probs",
+                     "top_ids"):  # fmt: skip
+            np.testing.assert_array_equal(getattr(out, name), getattr(expected, name), name)
+        jax.tree.map(np.testing.assert_array_equal, out.stats, expected.stats)
+        for row, length in enumerate(out.lengths.tolist()):
+            assert pieces[row] == out.tokens[row, :length].tolist()
+        num_cut += np.sum(np.asarray(out.status) == status.STOP)
+        again, then = (
+            jaxspec.generate(TARGET, further, state=from_.state, key=key, **arguments)
+            for from_ in (out, expected)
+        )
+        np.testing.assert_array_equal(again.tokens, then.tokens)
+    assert num_cut >= 5
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("            now[row] = then[row]", "            pass"),
+        ("counters.acceptance_histogram[row, count] += 1", "pass"),
+        ("if is_cut or new_status[row] != status.EOS:", "if True:"),
+        ("log_probs=jax.tree.map(behind_is_zero, state.log_probs),", ""),
+        ("new = {row: ids[: kept.get(row)] for row, ids in new.items()}", "pass"),
+    ],
+)  # fmt: skip
+def test_a_stream_that_counts_past_its_stop_is_noticed(monkeypatch, old, new):
+    broken = mutant("jaxspec.stream", (old, new))
+    monkeypatch.setattr(jaxspec, "stream", broken.stream)
+    with pytest.raises(AssertionError):
+        test_a_stream_that_is_told_to_stop_is_what_stop_sequences_make_of_it("equal")
+
+
+def test_a_stop_that_keeps_what_there_is_not_is_refused():
+    rounds = jaxspec.stream(COUNT, [[0]], sampling=GREEDY, eos_ids=(), stop=lambda row, ids: 0)
+    with pytest.raises(ValueError, match="stop must return None or 1 … 1"):
+        next(rounds)
+
+
 def test_rows_have_limits_of_their_own():
     limits = [3, 9, 1, 6]
     run = functools.partial(

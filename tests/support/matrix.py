@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxspec
-from jaxspec import Draft, Sampling, drafters, policies, pytree, verifiers
+from jaxspec import Draft, Sampling, drafters, policies, pytree, sampling, verifiers
 from jaxspec.drawing import draw
 from jaxspec.testing import check_lossless, random_logits, table_model
 from jaxspec.types import Signals
@@ -149,6 +149,9 @@ _DRAWING = {
     },
     "greedy row": {"temperature": 0.0},
 }
+# State 3 allows everything and never changes: the rows of the other options start there.
+_TABLE = [[1, 0, 2], [2, -1, 1], [0, 2, -1], [3, 3, 3]]
+_MACHINE = sampling.grammar_of(_TABLE)
 _BIAS, _BAD_WORDS = [1.2, -0.8, 0.0], [[-1, 0, 2], [2, 1, 1]]
 _LOOKING_BACK = {
     "typical-p": {"typical_p": 0.5},
@@ -160,7 +163,8 @@ _LOOKING_BACK = {
     "bad words": {"bad_words": _BAD_WORDS},
     "suppressed token": {"suppress_tokens": [0]},
     "min new tokens": {"min_new_tokens": 3},
-    # ten combinations
+    "grammar": {"grammar": 0},
+    # eleven combinations
     "three penalties": {
         "repetition_penalty": 1.4,
         "presence_penalty": 0.6,
@@ -173,6 +177,7 @@ _LOOKING_BACK = {
     "typical-p behind top-p": {"temperature": 1.4, "top_p": 0.93, "typical_p": 0.7},
     "bias under a penalty": {"logit_bias": _BIAS, "repetition_penalty": 1.8},
     "no pair twice, no bad words": {"no_repeat_ngram_size": 2, "bad_words": _BAD_WORDS},
+    "grammar and a penalty": {"grammar": 1, "repetition_penalty": 1.7, "temperature": 0.8},
     "min new tokens and a penalty": {"min_new_tokens": 2, "frequency_penalty": -1.0},
     "everything": {
         "logit_bias": _BIAS,
@@ -228,10 +233,12 @@ MIXES = {
 _NUMBERS = {
     field.name: field.default for field in dataclasses.fields(Sampling) if field.default is not None
 }
+_FREE = 3
 _ARRAYS = {
     "logit_bias": [0.0] * VOCAB,
     "bad_words": [[-1, -1, -1]] * 2,
     "suppress_tokens": [-1],
+    "grammar": _FREE,
 }
 
 
@@ -267,7 +274,16 @@ def sampling_of(options: dict, group: str = "drawing", **fixed) -> Sampling:
         name: np.array([option.get(name, value) for option in options.values()])
         for name, value in neutral.items()
     }
+    if "grammar" in given:
+        given["grammar"] = dataclasses.replace(_MACHINE, start=given["grammar"])
     return Sampling(**given | fixed)
+
+
+def own(options: dict) -> dict:
+    """One row's options as arguments of `Sampling`."""
+    if "grammar" not in options:
+        return options
+    return options | {"grammar": dataclasses.replace(_MACHINE, start=np.array(options["grammar"]))}
 
 
 def check(
@@ -303,7 +319,8 @@ def problems_of(run: Run, report) -> list[str]:
     if run.drafter == "equal" and not is_deterministic:
         if report.acceptance_rate != 1.0:
             problems.append(f"an equal draft is accepted at {report.acceptance_rate}, not 1")
-        never_stops = MIXES[run.mix][1] == (VOCAB,)
+        # A row that has no token left ("no token twice") stops, too.
+        never_stops = MIXES[run.mix][1] == (VOCAB,) and run.group != "looking back"
         if run.policy == "fixed" and never_stops and report.tokens_per_step != NEW:
             problems.append(f"{report.tokens_per_step} tokens a step, not {NEW}: no bonus")
     return problems
