@@ -55,21 +55,22 @@ def process(
         warped = (logits - cuts.finite_max(logits)) / jnp.where(
             is_greedy_row, 1.0, options.temperature
         )
+    weighed = whole = cuts.weigh(warped)
     if options.top_k is not None:
-        warped = cuts.keep_top_k(warped, options.top_k)
+        weighed = cuts.keep_top_k(weighed, options.top_k)
     if options.top_p is not None:
-        warped = cuts.keep_top_p(warped, options.top_p)
+        weighed = cuts.keep_top_p(weighed, options.top_p)
     if options.min_p is not None:
-        warped = cuts.keep_min_p(warped, options.min_p)
+        weighed = cuts.keep_min_p(weighed, options.min_p)
     if options.typical_p is not None:
-        warped = cuts.keep_typical(warped, options.typical_p)
-    log_probs = cuts.log_softmax(warped)
+        weighed = cuts.keep_typical(weighed, options.typical_p)
+    log_probs = weighed.log_probs()
     if options.temperature is None:
         return Scores(log_probs, log_probs)
     # A point mass, not a tiny "sentinel" temperature: exact, also where two logits are close.
     return Scores(
         jnp.where(is_greedy_row, _point_mass(logits), log_probs),
-        jnp.where(is_greedy_row, cuts.log_softmax(logits), log_probs),
+        jnp.where(is_greedy_row, whole.log_probs(), log_probs),
     )
 
 

@@ -97,6 +97,7 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     made = {
         "target": write_model(root / "target"),
+        "ends": write_model(root / "ends", eos=256),
         "draft": write_model(root / "draft", seed=1),
         "larger-vocabulary": write_model(root / "larger-vocabulary", num_extra=2),
         "short": write_model(root / "short", context=32, chat=False),
@@ -208,6 +209,11 @@ def test_help_and_mistakes_load_no_model_code_and_start_no_device():
         (["--model", "MODEL:short", "--max-new-tokens", "40"], ("42", "32 tokens", "shorten")),
         (["--model", "MODEL:short", "--chat"], ("no chat template",)),
         (["--prompt", ""], ("empty", "--prompt")),
+        (["--stop", ""], ("--stop", "must not be empty")),
+        (["--regex", "a", "--json-schema", "x"], ("--json-schema", "--regex", "not allowed")),
+        (["--json-schema", "no-such-file"], ("the schema file no-such-file cannot be read",)),
+        (["--regex", "(a", "--model", "MODEL:ends"], ("no grammar can be made", "(a")),
+        (["--regex", "a"], ("eos_ids",)),
     ],
 )
 def test_a_mistake_is_one_line(models, capsys, arguments, fragments):
@@ -292,11 +298,12 @@ def test_a_stop_text_ends_the_output(ask):
 
 def test_expressions_and_schemas_are_followed(ask, tmp_path):
     arguments = ("--prompt", "hello", "--temperature", "1", "--max-new-tokens", "40")
-    assert re.fullmatch("(ab|c){3}", ask(*arguments, "--regex", "(ab|c){3}").strip())
+    text = ask(*arguments, "--regex", "(ab|c){3}", model="ends")
+    assert re.fullmatch("(ab|c){3}", text.removesuffix("\n"))
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object", "properties": {"é": {"enum": [7, true]}}, '
                       '"required": ["é"]}')  # fmt: skip
-    text = ask(*arguments, "--json-schema", str(schema))
+    text = ask(*arguments, "--json-schema", str(schema), model="ends")
     assert json.loads(text)["é"] in (7, True)
 
 

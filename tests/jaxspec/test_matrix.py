@@ -204,9 +204,9 @@ _MUTANTS = {
     # options
     "top-p before temperature in verification": (
         _DISAGREE, ["temperature and top-p"], _in_loop(
-            ("warped = cuts.keep_top_p(warped, options.top_p)",
-             "warped = jnp.where("
-             "cuts.keep_top_p(logits, options.top_p) > -jnp.inf, warped, -jnp.inf)"),
+            ("weighed = cuts.keep_top_p(weighed, options.top_p)",
+             "weighed = weighed.where("
+             "cuts.keep_top_p(cuts.weigh(logits), options.top_p).weights > 0)"),
             within=_PROCESSING),
     ),
     "greedy rows scaled by a sentinel temperature": (
@@ -284,10 +284,10 @@ _MUTANTS = {
     ),
     "a nucleus without the token that crosses top-p": (
         _DISAGREE, ["top-p"], _in_loop(
-            ("keep = (keys > threshold) | (is_tie & stays)",
-             "keep = (keys > threshold) | (is_tie & stays)\n"
+            ("    return weighed.where((keys >= low) & (~is_tie | (ids >= first_to_stay)))",
+             "    keep = (keys >= low) & (~is_tie | (ids >= first_to_stay))\n"
              "    lowest = jnp.min(jnp.where(keep, keys, _HIGHEST))\n"
-             "    keep = keep & ((keys > lowest) | (jnp.sum(keep) == 1))"),
+             "    return weighed.where(keep & ((keys > lowest) | (jnp.sum(keep) == 1)))"),
             within=(_PROCESSING, _CUTS)),
     ),
     # batches

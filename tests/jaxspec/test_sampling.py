@@ -166,36 +166,46 @@ def test_half_precision_logits_lose_nothing(dtype):
     ("module", "patch"),
     [
         # the token that crosses top_p is dropped
-        (_CUTS, ("(keys > threshold) | (is_tie & stays)", "(keys > threshold)")),
+        (_CUTS, ("(keys >= low) & (~is_tie |", "(keys >= interval.high) & (~is_tie |")),
         # of ties, one too many
-        (_CUTS, ("ids > last_left_out", "ids >= last_left_out")),
+        (_CUTS, ("(ids >= first_to_stay)", "(ids + 1 >= first_to_stay)")),
         # ties of the k-th token are lost
-        (_CUTS, ("(keys >= threshold) | (k == 0)", "(keys > threshold) | (k == 0)")),
+        (
+            _CUTS,
+            (
+                "k > 0, lambda _: jnp.uint32(2))\n    return weighed.where(keys >= interval.low)",
+                "k > 0, lambda _: jnp.uint32(2))\n    return weighed.where("
+                "jnp.where(jnp.sum(keys >= interval.low) > jnp.maximum(k, 1), "
+                "keys > interval.low, keys >= interval.low))",
+            ),
+        ),
         # min-p is not relative to the likeliest token
         (_CUTS, ("jnp.max(logits) + jnp.log(p)", "jax.nn.logsumexp(logits) + jnp.log(p)")),
+        # a search that ends while two tokens are left
+        (_CUTS, ("lambda _: jnp.uint32(2)", "lambda _: jnp.uint32(3)")),
+        (_CUTS, ("_UNIT * (2 - 1e-4)", "_UNIT * 8.0")),
         # typical-p keeps the likeliest tokens
         (_CUTS, ("-jnp.abs(-log_probs - entropy)", "log_probs")),
         # typical-p is of what was there before the other cuts
         (
             _PROCESSING,
             (
-                "warped = cuts.keep_typical(warped, options.typical_p)",
-                "warped = jnp.where(jnp.isfinite(cuts.keep_typical(logits / jnp.where("
-                "is_greedy_row, 1.0, options.temperature), options.typical_p)), warped, -jnp.inf)",
+                "weighed = cuts.keep_typical(weighed, options.typical_p)",
+                "weighed = weighed.where(cuts.keep_typical(whole, options.typical_p).weights > 0)",
             ),
         ),
         # top-p looks at the logits before temperature
         (
             _PROCESSING,
             (
-                "warped = cuts.keep_top_p(warped, options.top_p)",
-                "warped = jnp.where(jnp.isfinite(cuts.keep_top_p(logits, options.top_p)), "
-                "warped, -jnp.inf)",
+                "weighed = cuts.keep_top_p(weighed, options.top_p)",
+                "weighed = weighed.where("
+                "cuts.keep_top_p(cuts.weigh(logits), options.top_p).weights > 0)",
             ),
         ),
         # the drafted prefix is not penalised; one token too many is
-        (_MEMORY, ("prefix[None], prefix_length[None])", "prefix[None], 0 * prefix_length[None])")),
-        (_MEMORY, ("prefix[None], prefix_length[None])", "prefix[None], prefix_length[None] + 1)")),
+        (_MEMORY, ("(prefix.shape[0]) < prefix_length", "(prefix.shape[0]) < 0 * prefix_length")),
+        (_MEMORY, ("(prefix.shape[0]) < prefix_length", "(prefix.shape[0]) < prefix_length + 1")),
         # greedy rows by a sentinel temperature
         (
             _PROCESSING,
@@ -205,7 +215,7 @@ def test_half_precision_logits_lose_nothing(dtype):
         (
             _PROCESSING,
             (
-                "jnp.where(is_greedy_row, cuts.log_softmax(logits)",
+                "jnp.where(is_greedy_row, whole.log_probs()",
                 "jnp.where(is_greedy_row, log_probs",
             ),
         ),
@@ -531,7 +541,8 @@ def test_top_k_keeps_what_a_sort_would():
     x[rng.random(x.shape) < 0.1] = -np.inf
     x[100:] = np.sign(x[100:]) * np.round(np.log2(1 + np.abs(x[100:])) / 16)
     k = rng.integers(0, 40, size=200)
-    kept = np.asarray(jax.jit(jax.vmap(cuts.keep_top_k))(jnp.asarray(x), jnp.asarray(k)))
+    run = jax.jit(jax.vmap(lambda x, k: cuts.keep_top_k(cuts.weigh(x), k).logits))
+    kept = np.asarray(run(jnp.asarray(x), jnp.asarray(k)))
     np.testing.assert_array_equal(kept, np.array(list(map(np_top_k, x, k))))
 
 
@@ -546,7 +557,7 @@ def test_top_k_orders_denormals_as_the_backend_does():
     @jax.vmap
     def run(x, k):
         by_sort = x >= jnp.sort(x)[x.shape[0] - k]
-        return jnp.isfinite(cuts.keep_top_k(x, k)), by_sort
+        return jnp.isfinite(cuts.keep_top_k(cuts.weigh(x), k).logits), by_sort
 
     kept, by_sort = run(jnp.asarray(x), jnp.asarray(k))
     np.testing.assert_array_equal(kept, by_sort)

@@ -124,7 +124,7 @@ SCHEMA = {
 
 @pytest.mark.real_model
 def test_json_of_a_real_model_always_parses():
-    """At temperature 1, speculatively, 16 texts at once; without the grammar hardly one does."""
+    """At temperature 1, speculatively, six texts at once; without the grammar hardly one does."""
     model = load("int8")
     tokenizer = jaxspec_models.load_tokenizer("smollm2-135m")
     grammar = grammars.json_grammar(
@@ -135,7 +135,7 @@ def test_json_of_a_real_model_always_parses():
     texts = {}
     for name, machine in (("grammar", grammar), ("free", None)):
         out = jaxspec.generate(
-            model, [prompt], drafter=drafters.prompt_lookup(), num_return_sequences=16,
+            model, [prompt], drafter=drafters.prompt_lookup(), num_return_sequences=6,
             sampling=jaxspec.Sampling(grammar=machine), max_new_tokens=96, key=jax.random.key(0),
         )  # fmt: skip
         texts[name] = [
@@ -143,11 +143,11 @@ def test_json_of_a_real_model_always_parses():
             for row, length in zip(np.asarray(out.tokens), np.asarray(out.lengths), strict=True)
         ]
         if machine is not None:
-            assert out.status.tolist() == [status.EOS] * 16
+            assert out.status.tolist() == [status.EOS] * 6
             assert np.sum(out.stats.num_accepted_draft_tokens) > 0
     for text in texts["grammar"]:
         jsonschema.validate(json.loads(text), SCHEMA)
-    assert len(set(texts["grammar"])) == 16
+    assert len(set(texts["grammar"])) == 6
 
     def parses(text):
         try:
@@ -156,4 +156,4 @@ def test_json_of_a_real_model_always_parses():
             return False
         return True
 
-    assert sum(map(parses, texts["free"])) < 4
+    assert sum(map(parses, texts["free"])) < 2
