@@ -59,6 +59,9 @@ def grammar_of(table: Any, start: Any = 0) -> Grammar:
       table: integers [S, V], the state behind each token in each state; -1: not allowed.
       start: the state in which the output begins, or one a row, [B].
 
+    Returns:
+      A `Grammar` for `Sampling(grammar=…)`.
+
     Raises:
       ValueError: no such table, or a state that there is none of.
 

@@ -9,7 +9,8 @@ import pytest
 
 import jaxspec
 import jaxspec_models
-from jaxspec import drafters, policies, status, testing, verifiers
+from jaxspec import drafters, policies, sampling, status, testing, verifiers
+from jaxspec_models import grammars
 
 _FUNCTIONS = [
     jaxspec.generate,
@@ -24,6 +25,12 @@ _FUNCTIONS = [
     jaxspec_models.load_model,
     jaxspec_models.load_tokenizer,
     jaxspec_models.generate_text,
+    jaxspec_models.from_hf,
+    jaxspec_models.stop_strings,
+    sampling.grammar_of,
+    sampling.join_grammars,
+    grammars.regex_grammar,
+    grammars.token_bytes,
 ]
 _ALGORITHMS = [jaxspec.generate, jaxspec.verify] + [
     getattr(module, name) for module in (drafters, policies, verifiers) for name in module.__all__
