@@ -252,7 +252,7 @@ def _reported(
 
     chosen = raw = of_tokens(report)
     if options.are_on:
-        raw = of_tokens(jax.vmap(jax.vmap(sampling.log_softmax))(logits))
+        raw = jax.vmap(jax.vmap(sampling.log_prob))(logits.astype(jnp.float32), tokens)
     most = outputs.num_top_log_probs
     if most == 0:
         return LogProbs(chosen, raw, report[:, :, :0], jnp.zeros_like(tokens)[:, :, None][:, :, :0])

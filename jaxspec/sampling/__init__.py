@@ -12,6 +12,7 @@ Whatever looks back counts the drafted prefix as if it had been emitted.
 - `processing`: all of it, in its order.
 """
 
+from jaxspec.sampling.cuts import log_prob as log_prob
 from jaxspec.sampling.cuts import log_softmax as log_softmax
 from jaxspec.sampling.grammar import Grammar as Grammar
 from jaxspec.sampling.grammar import grammar_of as grammar_of

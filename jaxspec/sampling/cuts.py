@@ -57,6 +57,12 @@ def log_softmax(logits: Array) -> Array:
     return weigh(logits).log_probs()
 
 
+def log_prob(logits: Array, token: Array) -> Array:
+    """One element of `log_softmax`, f32[], without forming the others."""
+    weighed = weigh(logits)
+    return weighed._replace(logits=logits[token]).log_probs()
+
+
 def finite_max(logits: Array) -> Array:
     """The largest of f32[V]; 0 where that is not finite."""
     top = jnp.max(logits)
