@@ -158,6 +158,8 @@ class Options:
 
     def repeat(self, times: int) -> Options:
         """Every row's options as often, next to each other."""
+        if times == 1:
+            return self
         own = dataclasses.replace(self, processor=None, grammar=None)
         grammar = self.grammar
         if grammar is not None:

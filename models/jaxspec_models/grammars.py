@@ -125,6 +125,9 @@ def json_grammar(
       eos_ids: see `regex_grammar`.
       whitespace: the expression of what may stand between parts; None: one space or none.
 
+    Returns:
+      A `Grammar` for `Sampling(grammar=…)`.
+
     Raises:
       ImportError: outlines-core is not installed.
       ValueError: the schema is broken or not supported, or as `regex_grammar`.
