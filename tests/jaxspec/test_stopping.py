@@ -210,7 +210,7 @@ def test_the_law_is_that_of_cut_texts(rule):
 
 
 # ---------------------------------------------------------------------------------------------
-# Limits of each row.
+# Rows that the host ends.
 
 
 def stop_at(*sequences):
@@ -295,6 +295,10 @@ def test_a_stop_that_keeps_what_there_is_not_is_refused():
     rounds = jaxspec.stream(COUNT, [[0]], sampling=GREEDY, eos_ids=(), stop=lambda row, ids: 0)
     with pytest.raises(ValueError, match="stop must return None or 1 … 1"):
         next(rounds)
+
+
+# ---------------------------------------------------------------------------------------------
+# Limits of each row.
 
 
 def test_rows_have_limits_of_their_own():
