@@ -150,6 +150,9 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
       tokenizer: of `jaxspec_models`, or a fast one of transformers: byte-level, or pieces with
         "▁" for a space and "<0x0A>" for bytes.
 
+    Returns:
+      The bytes of tokens 0 … V - 1.
+
     Raises:
       ValueError: the tokenizer is of another kind.
 
