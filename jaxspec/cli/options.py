@@ -40,6 +40,11 @@ model computed NaN or the output cannot be written; 2 for a mistake in the argum
 130 after Ctrl-C; 141 if the reader of the output went away."""
 
 
+_TRAIN_EPILOG = """\
+example:
+  jaxspec train data --prompts prompts.jsonl --out answers --tokens 1500000 --quantization int8"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells a mistake in one line, without repeating the usage."""
 
@@ -89,6 +94,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands)
     _add_generate(commands)
+    _add_train(commands)
     return parser.parse_args(argv)
 
 
@@ -214,13 +220,7 @@ def _add_generate(commands: Any) -> None:
         type=_number(int, lambda x: x >= 0, "at least 0"),
         help="do not end before so many tokens",
     )
-    sampling.add_argument(
-        "--seed",
-        metavar="N",
-        type=_number(int, lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1"),
-        default=0,
-        help="another seed, another text; the same seed, the same text (default: %(default)s)",
-    )
+    _add_seed(sampling)
 
     grammar = sampling.add_mutually_exclusive_group()
     grammar.add_argument(
@@ -248,6 +248,86 @@ def _add_generate(commands: Any) -> None:
         "--json",
         action="store_true",
         help="print one JSON object at the end: text, token ids, statistics, seconds",
+    )
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a drafter for a model",
+        description="Trains a drafter on a model's own answers.",
+        epilog=_TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def print_help(_: argparse.Namespace) -> int:
+        parser.print_help()
+        return 0
+
+    parser.set_defaults(run=print_help)
+    _add_train_data(parser.add_subparsers(title="commands", metavar="COMMAND"))
+
+
+def _add_train_data(commands: Any) -> None:
+    parser = commands.add_parser(
+        "data",
+        help="let the model answer prompts",
+        description="Lets the model answer every prompt of a file through its chat template, "
+        "greedily and sampled, and keeps the answers. Interrupted, it goes on where it was: run "
+        "the same command again.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_run_train_data)
+    parser.add_argument(
+        "--target",
+        metavar="NAME_OR_PATH",
+        default=DEFAULT_MODEL,
+        help="the model that answers, and that the drafter is for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        required=True,
+        help='JSONL: one object a line, with the text of a prompt under "prompt"',
+    )
+    parser.add_argument(
+        "--out", metavar="DIRECTORY", required=True, help="where the answers go, in shards"
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="F",
+        nargs="+",
+        type=_number(float, lambda x: x >= 0, "at least 0"),
+        default=[0.0, 1.0],
+        help="each prompt is answered once at each; 0 is greedy (default: 0 1)",
+    )
+    _add_max_new_tokens(parser, 256)
+    _add_count(parser, "--max-prompt-tokens", 512, "longer prompts are left out")
+    _add_count(parser, "--tokens", None, "end at so many new tokens (default: with the prompts)")
+    _add_count(parser, "--batch", 32, "answers written at a time")
+    _add_count(parser, "--batches-a-shard", 4, "batches between two writes to the disk")
+    _add_seed(parser)
+    _add_dtype(parser)
+
+
+def _add_count(parser: Any, name: str, default: int | None, meaning: str) -> None:
+    parser.add_argument(
+        name,
+        metavar="N",
+        type=_number(int, lambda x: x >= 1, "at least 1"),
+        default=default,
+        help=meaning if default is None else f"{meaning} (default: %(default)s)",
+    )
+
+
+def _add_seed(parser: Any) -> None:
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=_number(int, lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1"),
+        default=0,
+        help="another seed, another text; the same seed, the same text (default: %(default)s)",
     )
 
 
@@ -315,3 +395,9 @@ def _run_generate(arguments: argparse.Namespace) -> int:
     from jaxspec.cli import generate
 
     return generate.run(arguments)
+
+
+def _run_train_data(arguments: argparse.Namespace) -> int:
+    from jaxspec.cli import train
+
+    return train.write_data(arguments)

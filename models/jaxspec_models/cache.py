@@ -15,9 +15,10 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from jaxspec_models.files import write_atomically
 
 SMALL_BYTES = 16 << 20
 """Files up to this size are hashed whenever they are used: it takes milliseconds."""
@@ -54,15 +55,9 @@ def _stamp_path(path: Path) -> Path:
     return path.with_name(path.name + ".stamp")
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _stamp(path: Path, stat: os.stat_result, source: str, digest: str) -> None:
     stamp = {"source": source, "sha256": digest, "size": stat.st_size, "mtime": stat.st_mtime_ns}
-    _write_atomically(_stamp_path(path), json.dumps(stamp))
+    write_atomically(_stamp_path(path), json.dumps(stamp).encode())
 
 
 def is_intact(path: Path, source: str) -> bool:

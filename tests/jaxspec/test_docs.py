@@ -10,7 +10,7 @@ import pytest
 import jaxspec
 import jaxspec_models
 from jaxspec import drafters, policies, sampling, status, testing, verifiers
-from jaxspec_models import grammars
+from jaxspec_models import answers, grammars
 
 _FUNCTIONS = [
     jaxspec.generate,
@@ -31,6 +31,8 @@ _FUNCTIONS = [
     sampling.join_grammars,
     grammars.regex_grammar,
     grammars.token_bytes,
+    answers.read_prompts,
+    answers.write_answers,
 ]
 _ALGORITHMS = [jaxspec.generate, jaxspec.verify] + [
     getattr(module, name) for module in (drafters, policies, verifiers) for name in module.__all__

@@ -1,0 +1,114 @@
+"""`jaxspec train`: what survives a kill, and how mistakes are told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support.checkpoints import write_model
+
+from jaxspec.cli import main
+from jaxspec_models import answers
+
+PROMPTS = ["a", "bc", "What?", "d" * 40, "once more", "and again", "why", "so"]
+SIZES = ["--dtype", "float32", "--max-new-tokens", "24", "--batch", "2", "--batches-a-shard", "2"]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("models") / "target", eos=256))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    return str(path)
+
+
+def command(target, prompts, out, *more):
+    return [
+        "train", "data", "--target", target, "--prompts", prompts, "--out", str(out),
+        *SIZES, *more,
+    ]  # fmt: skip
+
+
+def shards(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("shard-*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def whole(target, prompts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "answers"
+    assert main(command(target, prompts, out)) == 0
+    return out
+
+
+def test_answers_of_a_model(whole, target, prompts, capsys):
+    found = answers.read_answers(whole)
+    assert len(found) == 2 * len(PROMPTS)
+    assert answers.read_settings(whole)["target"] == target
+    assert main(command(target, prompts, whole)) == 0
+    captured = capsys.readouterr()
+    num_tokens = sum(len(a.tokens) - a.prompt_length for a in found)
+    assert captured.out == f"16 answers, {num_tokens} tokens in {whole}\n"
+    assert captured.err == ""  # nothing was left to do, so there is no bar
+
+
+def test_a_killed_process_goes_on(whole, target, prompts, tmp_path):
+    """SIGKILL, as soon as there is a shard: nothing is lost, repeated or changed."""
+    arguments = command(target, prompts, tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-m", "jaxspec.cli", *arguments], stderr=subprocess.DEVNULL
+    ) as process:
+        while not shards(tmp_path):
+            assert process.poll() is None, "the process ended by itself"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    kept = shards(tmp_path)
+    assert kept.items() <= shards(whole).items()
+    assert main(arguments) == 0
+    assert shards(tmp_path) == shards(whole)
+
+
+def test_a_bar_tells_how_far_it_is(target, prompts, tmp_path, capsys):
+    assert main(command(target, prompts, tmp_path, "--tokens", "60", "--temperature", "0")) == 0
+    captured = capsys.readouterr()
+    assert "60/60" in captured.err
+    assert "tokens" in captured.err
+    assert sum(len(a.tokens) - a.prompt_length for a in answers.read_answers(tmp_path)) >= 60
+
+
+@pytest.mark.parametrize(
+    ("more", "fragments"),
+    [
+        (["--batch", "0"], ["--batch", "at least 1"]),
+        (["--temperature", "-1"], ["--temperature", "at least 0"]),
+        (["--prompts", "nowhere.jsonl"], ["nowhere.jsonl", "cannot be read"]),
+        (["--target", "nowhere"], ["nowhere"]),
+        (["--max-prompt-tokens", "1"], ["max_prompt_tokens=1"]),
+        (["--max-new-tokens", "5000"], ["4096"]),
+    ],
+)
+def test_a_mistake_is_one_line(target, prompts, tmp_path, capsys, more, fragments):
+    assert main(command(target, prompts, tmp_path / "out", *more)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("jaxspec: ")
+    assert told.strip().count("\n") == 0
+    assert all(fragment in told for fragment in fragments), told
+
+
+def test_other_settings_are_refused(whole, target, prompts, capsys):
+    before = shards(whole)
+    assert main(command(target, prompts, whole, "--seed", "1")) == 2
+    assert "seed 0 (now 1)" in capsys.readouterr().err
+    assert shards(whole) == before
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["train", "--help"], ["train", "data", "--help"]])
+def test_help(arguments, capsys):
+    assert main(arguments) == 0
+    assert "jaxspec train data" in capsys.readouterr().out
