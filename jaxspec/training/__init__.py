@@ -4,3 +4,4 @@ Nothing else in `jaxspec` imports this package.
 """
 
 from jaxspec.training import losses as losses
+from jaxspec.training import steps as steps
