@@ -204,7 +204,7 @@ def write_answers(
     for number, shard in enumerate(shards):
         path = _shard_path(directory, number)
         if path.exists():
-            answers = _read_shard(path)
+            answers = read_shard(path)
         else:
             if progress.is_done:
                 break
@@ -241,8 +241,7 @@ def read_answers(directory: str | os.PathLike[str]) -> list[Answer]:
     """
     directory = Path(directory)
     read_settings(directory)
-    paths = sorted(directory.glob("shard-*.safetensors"))
-    answers = [answer for path in paths for answer in _read_shard(path)]
+    answers = [answer for path in shard_paths(directory) for answer in read_shard(path)]
     if not answers:
         raise ValueError(f"{directory} holds no answers yet.")
     return answers
@@ -268,6 +267,24 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if settings.get("version") != _VERSION:
         raise ValueError(f"{path} is of version {settings.get('version')}, not {_VERSION}.")
     return settings
+
+
+def shard_paths(directory: str | os.PathLike[str]) -> list[Path]:
+    """The shards written so far, in the order of the work."""
+    return sorted(Path(directory).glob("shard-*.safetensors"))
+
+
+def read_shard(path: Path) -> list[Answer]:
+    """The answers of one shard."""
+    columns = safetensors.numpy.load(path.read_bytes())
+    tokens = np.split(columns["tokens"], np.cumsum(columns["lengths"])[:-1])
+    rest = zip(
+        columns["prompt_lengths"].tolist(),
+        columns["prompts"].tolist(),
+        columns["temperatures"].tolist(),
+        strict=True,
+    )
+    return [Answer(text, *others) for text, others in zip(tokens, rest, strict=True)]
 
 
 class _Task(NamedTuple):
@@ -357,18 +374,6 @@ def _write_shard(path: Path, answers: Sequence[Answer]) -> None:
         "temperatures": np.asarray([answer.temperature for answer in answers], np.float32),
     }
     write_atomically(path, safetensors.numpy.save(columns))
-
-
-def _read_shard(path: Path) -> list[Answer]:
-    columns = safetensors.numpy.load(path.read_bytes())
-    tokens = np.split(columns["tokens"], np.cumsum(columns["lengths"])[:-1])
-    rest = zip(
-        columns["prompt_lengths"].tolist(),
-        columns["prompts"].tolist(),
-        columns["temperatures"].tolist(),
-        strict=True,
-    )
-    return [Answer(text, *others) for text, others in zip(tokens, rest, strict=True)]
 
 
 def _shard_path(directory: Path, number: int) -> Path:
