@@ -1,0 +1,1 @@
+"""Drafters that are trained for their target, one a file."""
