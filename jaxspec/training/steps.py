@@ -114,6 +114,7 @@ def init(params: Any, tx: optax.GradientTransformation) -> TrainState:
       >>> int(init(jnp.zeros((3,)), optax.sgd(0.1)).step)
       0
     """
+    params = jax.tree.map(jnp.array, params)  # a copy: the steps will reuse its memory
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 

@@ -223,7 +223,7 @@ def forward(model: BlockModel, part: BlockPart, frozen: Frozen) -> tuple[Array, 
     batch, width = part.tokens.shape
     num_blocks, count = part.anchors.shape[1], config.num_draft_tokens
     context = model.context(tuple(part.hidden[:, :, i] for i in range(part.hidden.shape[2])))
-    slots = part.anchors[:, :, None] + jnp.arange(count, dtype=jnp.int32)  # [B, M, K]
+    slots = part.anchors[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None]  # [B, M, K]
     rows = jnp.arange(batch)[:, None]
     pending = frozen.embeddings[part.tokens[rows, part.anchors]].astype(jnp.float32)
     x = model.block(pending.reshape(-1, shape.hidden_size), count)
@@ -319,7 +319,7 @@ def loss(
     log_q = jax.nn.log_softmax(logits, axis=-1)
     count = logits.shape[2]
     rows = jnp.arange(part.tokens.shape[0])[:, None, None]
-    slots = part.anchors[:, :, None] + jnp.arange(count, dtype=jnp.int32)
+    slots = part.anchors[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None]
     log_p = jnp.einsum("btd,wd->btw", part.final.astype(jnp.float32), frozen.head)
     log_p = (log_p - part.log_normalizers[:, :, None])[rows, slots]
 
@@ -335,7 +335,7 @@ def loss(
     best = jnp.max(log_p, axis=-1)
     missing = 1 - jnp.sum(jnp.exp(log_p), axis=-1)
     is_same &= jnp.exp(best) > missing
-    weights = part.weights
+    weights = jnp.asarray(part.weights)
     learned = (weights > 0).astype(jnp.float32)
     by_slot = jnp.sum(learned, axis=(0, 1))
     error = jnp.abs(jax.nn.sigmoid(predicted) - accepted)
@@ -344,7 +344,7 @@ def loss(
         jnp.sum(weights),
         {
             "acceptance": (jnp.sum(learned * accepted, axis=(0, 1)), by_slot),
-            "agreement": (jnp.sum(learned * is_same, axis=(0, 1)), by_slot),
+            "agreement": (jnp.sum(jnp.where(is_same, learned, 0.0), axis=(0, 1)), by_slot),
             "confidence_error": (jnp.sum(learned * error), jnp.sum(learned)),
         },
     )

@@ -101,6 +101,13 @@ def test_a_batch_without_weight_moves_nothing():
     chex.assert_tree_all_finite(metrics)
 
 
+def test_the_first_weights_may_be_used_on():
+    """The steps reuse the state's memory, and not what it was made of."""
+    tx, params = optax.sgd(0.1), start()
+    steps.make_step(loss, tx)(steps.init(params, tx), split(batch(), 1), FROZEN)
+    chex.assert_trees_all_equal(params, start())
+
+
 def test_steps_are_bit_equal_again():
     tx = steps.optimizer(num_steps=20)
     step = steps.make_step(loss, tx)

@@ -1,0 +1,298 @@
+"""Training a drafter: texts to batches, steps, checkpoints, a log.
+
+What a step learns from depends on the seed and the step's number only, so that a checkpoint needs
+the state and nothing else: killed and begun again, training goes on bit for bit as it would have
+(in float32, on one machine).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec.training import steps
+from jaxspec_models import answers
+from jaxspec_models.drafters import block
+from jaxspec_models.features import Features
+from jaxspec_models.files import write_atomically
+
+Array: TypeAlias = jax.Array
+
+_WIDTHS = (128, 256, 384, 512, 768, 1024)
+_HELD_OUT = 50  # every so manieth prompt is kept for evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+      num_steps: optimiser steps.
+      tokens_a_part: of the texts (with padding) in one part of a batch.
+      parts_a_step: parts whose gradients are accumulated.
+      anchors_a_text: blocks learned of a text of 128 tokens; longer texts have more.
+      slot_decay: the weight of each slot over that of the one before it.
+      learning_rate: at its highest.
+      num_warmup_steps: of its rise.
+      weight_decay: of matrices.
+      seed: of the order, the anchors and the first weights.
+    """
+
+    num_steps: int
+    tokens_a_part: int = 2048
+    parts_a_step: int = 1
+    anchors_a_text: int = 16
+    slot_decay: float = 0.85
+    learning_rate: float = 1e-3
+    num_warmup_steps: int = 100
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+class Texts:
+    """Answers with their features, as what each step learns from.
+
+    Args:
+      found: the answers.
+      read: the features of the i-th; its last layer is what the target's head reads.
+      settings: how to train.
+      num_slots: K of the drafter.
+
+    Raises:
+      ValueError: there is nothing to learn from.
+    """
+
+    def __init__(
+        self,
+        found: Sequence[answers.Answer],
+        read: Callable[[int], Features],
+        settings: Settings,
+        num_slots: int,
+    ):
+        self._found, self._read = found, read
+        self._settings, self._num_slots = settings, num_slots
+        usable = [i for i, a in enumerate(found) if _first_anchor(a) + 1 < len(a.tokens)]
+        self.held_out = [i for i in usable if found[i].prompt % _HELD_OUT == 0]
+        self.learned = [i for i in usable if found[i].prompt % _HELD_OUT != 0]
+        if not self.learned:
+            raise ValueError("there are no answers to learn from.")
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """How many steps go over every text once."""
+        return len(self._epoch(0))
+
+    def step(self, number: int) -> block.BlockPart:
+        """What step `number` learns from; every array with a leading axis of parts."""
+        epoch, index = divmod(number, self.steps_an_epoch)
+        width, chosen = self._epoch(epoch)[index]
+        rng = np.random.default_rng([self._settings.seed, 1, number])
+        return self._stacked(width, chosen, rng)
+
+    def evaluation(self) -> Iterator[block.BlockPart]:
+        """The held-out texts, every time with the same anchors."""
+        for number, (width, chosen) in enumerate(self._grouped(self.held_out)):
+            rng = np.random.default_rng([self._settings.seed, 2, number])
+            yield self._stacked(width, chosen, rng)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (lives as long as the training)
+    def _epoch(self, number: int) -> list[tuple[int, list[int]]]:
+        rng = np.random.default_rng([self._settings.seed, 0, number])
+        groups = self._grouped(rng.permutation(self.learned).tolist())
+        return [groups[i] for i in rng.permutation(len(groups))]
+
+    def _grouped(self, texts: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """(width, texts) of each step: their number depends on the texts alone, not their order."""
+        by_width: dict[int, list[int]] = {}
+        for i in texts:
+            by_width.setdefault(_padded(len(self._found[i].tokens)), []).append(i)
+        return [
+            (width, chosen[first : first + size])
+            for width, chosen in sorted(by_width.items())
+            for size in [self._rows(width) * self._settings.parts_a_step]
+            for first in range(0, len(chosen), size)
+        ]
+
+    def _rows(self, width: int) -> int:
+        return max(1, self._settings.tokens_a_part // width)
+
+    def _stacked(
+        self, width: int, chosen: Sequence[int], rng: np.random.Generator
+    ) -> block.BlockPart:
+        parts, slots = self._settings.parts_a_step, self._num_slots
+        batch = parts * self._rows(width)
+        num_anchors = self._settings.anchors_a_text * width // _WIDTHS[0]
+        features = [self._read(i) for i in chosen]
+        _, num_layers, channels = features[0].hidden.shape
+        tokens = np.zeros((batch, width), np.int32)
+        hidden = np.zeros((batch, width, num_layers, channels), features[0].hidden.dtype)
+        log_normalizers = np.zeros((batch, width), np.float32)
+        anchors = np.ones((batch, num_anchors), np.int32)
+        weights = np.zeros((batch, num_anchors, slots), np.float32)
+        for row, i in enumerate(chosen):
+            answer = self._found[i]
+            length = len(answer.tokens)
+            tokens[row, :length] = answer.tokens
+            hidden[row, :length] = features[row].hidden
+            log_normalizers[row, :length] = features[row].log_normalizers
+            begin = _first_anchor(answer)
+            places = begin + rng.permutation(length - 1 - begin)[:num_anchors]
+            anchors[row, : len(places)] = places
+            # Slot k is the draft of token anchor + k + 1.
+            exists = places[:, None] + np.arange(slots)[None] + 1 < length
+            weights[row, : len(places)] = exists * self._settings.slot_decay ** np.arange(slots)
+        whole: tuple[Any, ...] = (
+            tokens, hidden[:, :, :-1], hidden[:, :, -1], log_normalizers, anchors, weights,
+        )  # fmt: skip
+        return block.BlockPart(*(x.reshape(parts, -1, *x.shape[1:]) for x in whole))
+
+
+def train(
+    config: block.BlockConfig,
+    frozen: block.Frozen,
+    texts: Texts,
+    settings: Settings,
+    directory: str | os.PathLike[str],
+    *,
+    seconds_a_checkpoint: float = 180.0,
+    steps_an_evaluation: int = 250,
+    on_step: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
+) -> Any:
+    """Trains, or goes on training where it was interrupted.
+
+    Args:
+      config: the drafter's shape, in float32.
+      frozen: what it shares with its target.
+      texts: what it learns from.
+      settings: how.
+      directory: for checkpoints and `log.csv`, one line an evaluation.
+      seconds_a_checkpoint: between two of them; one more at the end.
+      steps_an_evaluation: between two of them; one more at the end.
+      on_step: called behind each step with the number of steps done and the step's metrics.
+
+    Returns:
+      The trained weights, f32.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = Path(directory).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    tx = steps.optimizer(
+        learning_rate=settings.learning_rate,
+        num_steps=settings.num_steps,
+        num_warmup_steps=settings.num_warmup_steps,
+        weight_decay=settings.weight_decay,
+    )
+    graphdef, _ = block.abstract(config)
+    loss = functools.partial(block.loss, graphdef)
+    step, evaluate = steps.make_step(loss, tx), _make_evaluation(loss)
+    state = steps.init(block.init_params(config, frozen, settings.seed), tx)
+    log = _Log(directory / "log.csv")
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
+        if (latest := manager.latest_step()) is not None:
+            restored = manager.restore(latest, args=ocp.args.StandardRestore(state))
+            state = steps.TrainState(*restored)
+        done = int(state.step)
+        log.cut(done)
+        last_checkpoint = time.monotonic()
+        seconds = 0.0
+        while done < settings.num_steps:
+            begun = time.monotonic()
+            state, metrics = step(state, texts.step(done), frozen)
+            done += 1
+            values = {name: np.asarray(value) for name, value in metrics.items()}
+            seconds += time.monotonic() - begun
+            if not np.isfinite(values["loss"]):
+                raise FloatingPointError(
+                    f"the loss of step {done} is not finite; lower the learning rate."
+                )
+            on_step(done, values)
+            is_last = done == settings.num_steps
+            if is_last or done % steps_an_evaluation == 0:
+                held_out = evaluate(state.params, texts, frozen)
+                log.add({"step": done, "seconds": seconds, "loss": values["loss"]} | held_out)
+            if is_last or time.monotonic() - last_checkpoint > seconds_a_checkpoint:
+                manager.save(done, args=ocp.args.StandardSave(state))
+                manager.wait_until_finished()
+                last_checkpoint = time.monotonic()
+    return state.params
+
+
+def _make_evaluation(loss: steps.LossFunction) -> Callable[[Any, Texts, Any], dict[str, float]]:
+    @jax.jit
+    def of_parts(params: Any, parts: Any, frozen: Any) -> steps.Totals:
+        def add(so_far: steps.Totals, part: Any) -> tuple[steps.Totals, None]:
+            return jax.tree.map(jnp.add, so_far, loss(params, part, frozen)), None
+
+        shapes = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], parts), frozen)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    def evaluate(params: Any, texts: Texts, frozen: Any) -> dict[str, float]:
+        """Of the held-out texts: the loss, and each metric; of slots, each by itself."""
+        totals = None
+        for parts in texts.evaluation():
+            new = of_parts(params, parts, frozen)
+            totals = new if totals is None else jax.tree.map(jnp.add, totals, new)
+        if totals is None:
+            return {}
+        found = {"held_out_loss": float(totals.loss / totals.weight)}
+        for name, value in steps.mean_metrics(totals).items():
+            if np.ndim(value) == 0:
+                found[name] = float(value)
+                continue
+            for slot, of_slot in enumerate(np.asarray(value)):
+                found[f"{name}_{slot + 1}"] = float(of_slot)
+            # Of a whole block, if one draft's fate told nothing of the next one's.
+            found[f"{name}_tokens_per_step"] = 1.0 + float(np.sum(np.cumprod(value)))
+        return found
+
+    return evaluate
+
+
+class _Log:
+    """A CSV file, rewritten whole with each line."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lines: list[dict[str, Any]] = []
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                self._lines = list(csv.DictReader(file))
+
+    def cut(self, step: int) -> None:
+        """Forgets what came behind a checkpoint: it will be done again."""
+        self._lines = [line for line in self._lines if int(line["step"]) <= step]
+
+    def add(self, line: dict[str, Any]) -> None:
+        self._lines.append({name: f"{float(value):.6g}" for name, value in line.items()})
+        self._lines[-1]["step"] = str(int(line["step"]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self._lines[-1]), restval="")
+        writer.writeheader()
+        writer.writerows(self._lines)
+        write_atomically(self._path, text.getvalue().encode())
+
+
+def _first_anchor(answer: answers.Answer) -> int:
+    """The last token of the prompt is pending when the first block is drafted."""
+    return max(1, answer.prompt_length - 1)
+
+
+def _padded(length: int) -> int:
+    return next((width for width in _WIDTHS if width >= length), -(-length // 512) * 512)
