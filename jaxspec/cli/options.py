@@ -41,8 +41,9 @@ model computed NaN or the output cannot be written; 2 for a mistake in the argum
 
 
 _TRAIN_EPILOG = """\
-example:
-  jaxspec train data --prompts prompts.jsonl --out answers --tokens 1500000 --quantization int8"""
+examples:
+  jaxspec train data --prompts prompts.jsonl --out answers --tokens 1500000 --quantization int8
+  jaxspec train drafter --data answers --out drafter --quantization int8"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -266,7 +267,9 @@ def _add_train(commands: Any) -> None:
         return 0
 
     parser.set_defaults(run=print_help)
-    _add_train_data(parser.add_subparsers(title="commands", metavar="COMMAND"))
+    subcommands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_train_data(subcommands)
+    _add_train_drafter(subcommands)
 
 
 def _add_train_data(commands: Any) -> None:
@@ -307,6 +310,54 @@ def _add_train_data(commands: Any) -> None:
     _add_count(parser, "--tokens", None, "end at so many new tokens (default: with the prompts)")
     _add_count(parser, "--batch", 32, "answers written at a time")
     _add_count(parser, "--batches-a-shard", 4, "batches between two writes to the disk")
+    _add_seed(parser)
+    _add_dtype(parser)
+
+
+def _add_train_drafter(commands: Any) -> None:
+    parser = commands.add_parser(
+        "drafter",
+        help="train a drafter on the model's answers",
+        description="Trains a parallel block drafter on what `jaxspec train data` has written. "
+        "Interrupted, it goes on where it was: run the same command again.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_run_train_drafter)
+    parser.add_argument(
+        "--target",
+        metavar="NAME_OR_PATH",
+        default=DEFAULT_MODEL,
+        help="the model that answered (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data", metavar="DIRECTORY", required=True, help="of `jaxspec train data`"
+    )
+    parser.add_argument(
+        "--out", metavar="DIRECTORY", required=True, help="for the drafter, checkpoints and a log"
+    )
+    parser.add_argument(
+        "--features",
+        metavar="DIRECTORY",
+        help="for the target's features, which several trainings may share (default: in --out); "
+        "5 kB a token with smollm2-135m",
+    )
+    _add_num_draft_tokens(parser, "6")
+    _add_count(parser, "--steps", 4000, "optimiser steps")
+    _add_count(parser, "--tokens-a-part", 2048, "tokens that pass through the drafter at a time")
+    _add_count(parser, "--parts-a-step", 1, "parts whose gradients make a step")
+    _add_count(parser, "--anchors", 16, "drafted blocks learned for every 128 tokens")
+    _add_count(parser, "--vocabulary", 8192, "tokens it can draft, the most frequent ones")
+    _add_count(parser, "--layers", 1, "of the drafter")
+    _add_count(parser, "--mlp", 1024, "width of its MLPs")
+    _add_count(parser, "--markov-rank", 128, "of what a draft tells the next one")
+    _add_count(parser, "--warmup-steps", 100, "of the learning rate")
+    parser.add_argument(
+        "--learning-rate",
+        metavar="F",
+        type=_number(float, lambda x: x > 0, "above 0"),
+        default=1e-3,
+        help="at its highest (default: %(default)s)",
+    )
     _add_seed(parser)
     _add_dtype(parser)
 
@@ -401,3 +452,9 @@ def _run_train_data(arguments: argparse.Namespace) -> int:
     from jaxspec.cli import train
 
     return train.write_data(arguments)
+
+
+def _run_train_drafter(arguments: argparse.Namespace) -> int:
+    from jaxspec.cli import train
+
+    return train.train_drafter(arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, cast
 
 from jaxspec.cli import running
 from jaxspec.cli.errors import UserError, told_to_the_user
@@ -84,3 +84,75 @@ class _Bar:
             )
             return
         self._bar.update(min(done, total) - self._bar.n)
+
+
+def train_drafter(arguments: argparse.Namespace) -> int:
+    """Runs `jaxspec train drafter`.
+
+    Args:
+      arguments: from `jaxspec.cli.options.parse`.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      UserError: an argument, a directory or the model is wrong, or the loss is not finite.
+    """
+    with told_to_the_user():
+        from jaxspec_models import drafter_making, drafter_training
+
+    running.keep_compiled_programs()
+    target = running.load_model(arguments.target, arguments.dtype, arguments.quantization)
+    settings = drafter_training.Settings(
+        num_steps=arguments.steps,
+        tokens_a_part=arguments.tokens_a_part,
+        parts_a_step=arguments.parts_a_step,
+        anchors_a_text=arguments.anchors,
+        learning_rate=arguments.learning_rate,
+        num_warmup_steps=arguments.warmup_steps,
+        seed=arguments.seed,
+    )
+    with told_to_the_user(), running.exit_on_interrupt():
+        try:
+            metrics = drafter_making.make_drafter(
+                target,
+                arguments.data,
+                arguments.out,
+                target_name=arguments.target,
+                weights=arguments.quantization or arguments.dtype,
+                features_directory=arguments.features,
+                settings=settings,
+                num_draft_tokens=arguments.num_draft_tokens or 6,
+                draft_vocab_size=arguments.vocabulary,
+                num_hidden_layers=arguments.layers,
+                intermediate_size=arguments.mlp,
+                markov_rank=arguments.markov_rank,
+                on_stage=_Stages(),
+            )
+        except FloatingPointError as error:
+            raise UserError(error) from error
+    lines = (f"{name} {value:.4g}" for name, value in metrics.items())
+    running.put(f"a drafter in {arguments.out}: {', '.join(lines)}\n")
+    return 0
+
+
+class _Stages:
+    """A bar for each stage of the work: called with its name, how much is done, and of how much."""
+
+    def __init__(self) -> None:
+        self._name, self._bar = "", cast(Any, None)
+
+    def __call__(self, name: str, done: int, total: int, told: str = "") -> None:
+        import tqdm
+
+        if name != self._name:
+            self._name = name
+            self._bar = tqdm.tqdm(
+                total=total, initial=done, desc=name, file=sys.stderr, dynamic_ncols=True
+            )
+        else:
+            self._bar.update(done - self._bar.n)
+        if told:
+            self._bar.set_postfix_str(told, refresh=False)
+        if done >= total:
+            self._bar.close()

@@ -265,6 +265,13 @@ def _make_evaluation(loss: steps.LossFunction) -> Callable[[Any, Texts, Any], di
     return evaluate
 
 
+def last_line(path: Path) -> dict[str, float]:
+    """The last evaluation in a log: its numbers by name."""
+    with path.open(encoding="utf-8", newline="") as file:
+        *_, last = csv.DictReader(file)
+    return {name: float(value) for name, value in last.items()}
+
+
 class _Log:
     """A CSV file, rewritten whole with each line."""
 

@@ -420,6 +420,17 @@ def language_model(config: LlamaConfig, params: Any) -> jaxspec.LanguageModel:
     )
 
 
+def config_of(model: jaxspec.LanguageModel) -> LlamaConfig:
+    """The shape of a model made by `language_model`.
+
+    Raises:
+      ValueError: it was not.
+    """
+    if not isinstance(model, jaxspec.LanguageModel) or not isinstance(model.apply, _Apply):
+        raise ValueError("drafters are trained for Llamas of jaxspec_models, and this is none.")
+    return model.apply.config
+
+
 def init_params(config: LlamaConfig, seed: int) -> Any:
     """Random weights: a nested dict of arrays as `abstract_params(config)`."""
     _, state = nnx.split(Llama(config, rngs=nnx.Rngs(seed)))

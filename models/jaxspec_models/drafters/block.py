@@ -492,7 +492,7 @@ class BlockDrafter:
     ) -> tuple[Array, layers.KVCache]:
         """The slots' states f32[B, count, D]; the block's keys are overwritten by `commit`."""
         shape, batch = self.config.layer, pending.shape[0]
-        x = model.block(_embed(self.config.target, self.embeddings, pending), count)
+        x = model.block(embed(self.config.target, self.embeddings, pending), count)
         num_rows = layers.padded_width(batch, count)
         x = layers.pad_axis(x, 1, num_rows)
         angles = llama.rotary_tables(shape, start[:, None] + jnp.arange(num_rows)[None])
@@ -544,7 +544,7 @@ def _embedding(config: llama.LlamaConfig) -> Any:
     return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]
 
 
-def _embed(config: llama.LlamaConfig, params: Any, tokens: Array) -> Array:
+def embed(config: llama.LlamaConfig, params: Any, tokens: Array) -> Array:
     """The target's embeddings: i32[...] -> f32[..., D]."""
     return nnx.merge(_embedding(config), nnx.State(params))(tokens)
 
@@ -581,7 +581,7 @@ def frozen_part(target: jaxspec.LanguageModel, config: BlockConfig, draft_ids: A
     if "scale" in head:
         rows = rows * head["scale"][draft_ids][:, None]
     return Frozen(
-        embeddings=_embed(shape, params["embed"], tokens),
+        embeddings=embed(shape, params["embed"], tokens),
         head=rows,
         positions=parts.positions_in(draft_ids, shape.vocab_size),
     )
