@@ -191,15 +191,13 @@ def train(
 
     directory = Path(directory).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    tx = steps.optimizer(
+    tx, step, evaluate = _programs(
+        config,
         learning_rate=settings.learning_rate,
         num_steps=settings.num_steps,
         num_warmup_steps=settings.num_warmup_steps,
         weight_decay=settings.weight_decay,
     )
-    graphdef, _ = block.abstract(config)
-    loss = functools.partial(block.loss, graphdef)
-    step, evaluate = steps.make_step(loss, tx), _make_evaluation(loss)
     state = steps.init(block.init_params(config, frozen, settings.seed), tx)
     log = _Log(directory / "log.csv")
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -231,6 +229,15 @@ def train(
                 manager.wait_until_finished()
                 last_checkpoint = time.monotonic()
     return state.params
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(config: block.BlockConfig, **rates: Any) -> tuple[Any, Any, Any]:
+    """The optimiser, the step and the evaluation, compiled once for a shape and its rates."""
+    tx = steps.optimizer(**rates)
+    graphdef, _ = block.abstract(config)
+    loss = functools.partial(block.loss, graphdef)
+    return tx, steps.make_step(loss, tx), _make_evaluation(loss)
 
 
 def _make_evaluation(loss: steps.LossFunction) -> Callable[[Any, Texts, Any], dict[str, float]]:

@@ -22,6 +22,7 @@ _FUNCTIONS = [
     *(getattr(verifiers, name) for name in verifiers.__all__),
     *(getattr(testing, name) for name in testing.__all__ if name.islower()),
     jaxspec_models.load,
+    jaxspec_models.load_drafter,
     jaxspec_models.load_model,
     jaxspec_models.load_tokenizer,
     jaxspec_models.generate_text,
