@@ -260,14 +260,39 @@ def test_planted_bugs_in_commit(learned, whole, patch):
         check_features_are_the_target_s(module, learned, whole[0])
 
 
+def check_it_is_a_drafter(module, learned, params, temperature):
+    """Rows, padding and pauses change nothing, and q is what was drawn from.
+
+    Of so many rows, since each has a cache.
+    """
+    report = check_drafter(
+        module.block(TARGET, SHAPE, params, learned[1]), TARGET, num_draft_tokens=K,
+        sampling=jaxspec.Sampling(temperature=temperature), num_samples=4_000,
+    )  # fmt: skip
+    report.assert_passed()
+    return report
+
+
 @pytest.mark.exactness
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_it_is_a_drafter(learned, whole, temperature):
-    """Rows, padding and pauses change nothing, and q is what was drawn from."""
-    check_drafter(
-        drafter(learned, whole[0]), TARGET, num_draft_tokens=K,
-        sampling=jaxspec.Sampling(temperature=temperature),
-    )  # fmt: skip
+    report = check_it_is_a_drafter(block, learned, whole[0], temperature)
+    assert report.is_deterministic == (temperature == 0)
+    assert 2.5 < report.mean_length <= K  # less where a text ends
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize(
+    "patch",
+    [
+        ("choose(slot, scores)", "choose(slot, 1.3 * scores)"),  # q is not what is drawn from
+        ("choose(slot, scores)", "choose(slot * 0, scores)"),  # the drafts share their numbers
+    ],
+)
+def test_planted_bugs_in_drawing(learned, whole, patch):
+    module = mutant("jaxspec_models.drafters.block", patch)
+    with pytest.raises(AssertionError):
+        check_it_is_a_drafter(module, learned, whole[0], 1.0)
 
 
 def test_confidence_stops_drafts(learned, whole):

@@ -24,7 +24,7 @@ from jax import lax
 import jaxspec
 from jaxspec import pytree
 from jaxspec.training import losses, steps
-from jaxspec.types import PREFILL_CHUNK, Context, Draft, Outcome, Signals
+from jaxspec.types import Context, Draft, Outcome, Signals
 from jaxspec_models import layers, llama, quantization
 from jaxspec_models.drafters import parts
 
@@ -384,7 +384,7 @@ class BlockDrafter:
         shape = self.config.layer
         return layers.init_cache(
             batch,
-            capacity + max(PREFILL_CHUNK, self.config.num_draft_tokens),
+            capacity,
             num_layers=self.config.num_hidden_layers,
             num_kv_heads=shape.num_key_value_heads,
             head_dim=shape.head_dim,
