@@ -6,8 +6,8 @@ the tokens that q cannot draw. -inf stands for a probability of 0, in p as in q.
 q; p is a constant: no gradient flows into it.
 
 The probability that a draft is accepted is Σ min(p, q) = 1 - TV(p, q) (arXiv 2211.17192); it is
-what a drafter is for. Its gradient is 0 where q is far from p, so training begins with a
-cross-entropy, and ends with one of the losses that aim at acceptance.
+what a drafter is for. Where q is far from p its gradient vanishes: a cross-entropy has to stand
+beside it, at first at least.
 """
 
 from __future__ import annotations

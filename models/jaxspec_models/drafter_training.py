@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import functools
 import io
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -185,12 +186,15 @@ def train(
       The trained weights, f32.
 
     Raises:
+      ValueError: a training in the directory was begun with other settings, another shape or
+        other texts.
       FloatingPointError: the loss is not finite.
     """
     import orbax.checkpoint as ocp
 
     directory = Path(directory).resolve()
     directory.mkdir(parents=True, exist_ok=True)
+    _begin(directory / "training.json", config, settings, texts)
     tx, step, evaluate = _programs(
         config,
         learning_rate=settings.learning_rate,
@@ -229,6 +233,25 @@ def train(
                 manager.wait_until_finished()
                 last_checkpoint = time.monotonic()
     return state.params
+
+
+def _begin(path: Path, config: block.BlockConfig, settings: Settings, texts: Texts) -> None:
+    """Notes what is trained, or compares it with what was begun: mixed, it would be neither."""
+    described = {
+        "settings": dataclasses.asdict(settings),
+        "shape": dataclasses.asdict(config),
+        "texts": [len(texts.learned), len(texts.held_out)],
+    }
+    text = json.dumps(described, indent=2) + "\n"
+    if not path.exists():
+        write_atomically(path, text.encode())
+        return
+    found, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+    if others := [name for name in now if found.get(name) != now[name]]:
+        raise ValueError(
+            f"the training in {path.parent} was begun with other {' and '.join(others)} (see "
+            f"{path.name}): go on with those, or choose another directory."
+        )
 
 
 @functools.lru_cache(maxsize=4)

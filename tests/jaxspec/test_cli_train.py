@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from support.checkpoints import write_model
 
+import jaxspec
+import jaxspec_models
 from jaxspec.cli import main
 from jaxspec_models import answers
 
@@ -106,6 +109,38 @@ def test_other_settings_are_refused(whole, target, prompts, capsys):
     assert main(command(target, prompts, whole, "--seed", "1")) == 2
     assert "seed 0 (now 1)" in capsys.readouterr().err
     assert shards(whole) == before
+
+
+def test_a_drafter_of_the_answers(whole, target, tmp_path, capsys):
+    """Answers, features, steps and a directory that loads; once more, nothing is left to do."""
+    out = tmp_path / "drafter"
+    arguments = [
+        "train", "drafter", "--target", target, "--data", str(whole), "--out", str(out),
+        "--dtype", "float32", "--steps", "3", "--num-draft-tokens", "2", "--vocabulary", "200",
+        "--mlp", "24", "--markov-rank", "4", "--tokens-a-part", "256",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert f"a drafter in {out}: step 3, " in captured.out
+    assert "features: 100%" in captured.err
+    assert "training: 100%" in captured.err
+    model = jaxspec_models.load_model(target, dtype="float32")
+    for name in ("drafter", "drafter-float32"):
+        drafter = jaxspec_models.load_drafter(out / name, model)
+        assert (drafter.config.quantization == "int8") == (name == "drafter")
+        options = {"sampling": jaxspec.Sampling(temperature=0), "max_new_tokens": 8}
+        written = jaxspec.generate(
+            model, [[65, 66]], drafter=drafter, num_draft_tokens=2, **options
+        )
+        plain = jaxspec.generate(model, [[65, 66]], **options)
+        np.testing.assert_array_equal(written.tokens, plain.tokens)
+        assert int(written.stats.num_draft_tokens[0]) > 0
+    before = (out / "log.csv").read_bytes()
+    assert main(arguments) == 0
+    assert (out / "log.csv").read_bytes() == before
+    capsys.readouterr()
+    assert main([*arguments, "--learning-rate", "0.5"]) == 2
+    assert "was begun with other settings" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["train", "--help"], ["train", "data", "--help"]])

@@ -139,6 +139,32 @@ def test_a_finished_training_is_not_done_again(learned, whole):
     chex.assert_trees_all_equal(params, whole[0])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": dataclasses.replace(SETTINGS, learning_rate=2e-2)},
+        {"settings": dataclasses.replace(SETTINGS, num_steps=80)},
+        {"shape": dataclasses.replace(SHAPE, intermediate_size=32)},
+    ],
+)
+def test_another_training_does_not_go_on_with_it(learned, whole, change):
+    before = (whole[1] / "log.csv").read_bytes()
+    with pytest.raises(ValueError, match=f"was begun with other {next(iter(change))}"):
+        drafter_training.train(
+            change.get("shape", SHAPE), learned[2], learned[0], change.get("settings", SETTINGS),
+            whole[1],
+        )  # fmt: skip
+    assert (whole[1] / "log.csv").read_bytes() == before
+
+
+def test_more_drafts_than_it_was_trained_for(learned, whole):
+    with pytest.raises(ValueError, match=f"num_draft_tokens is {K + 1}, .* at most {K}"):
+        jaxspec.generate(
+            TARGET, [[1, 2]], drafter=drafter(learned, whole[0]), num_draft_tokens=K + 1,
+            sampling=jaxspec.Sampling(temperature=0),
+        )  # fmt: skip
+
+
 def test_a_loss_that_is_not_finite_ends_it(learned, tmp_path):
     texts, ids, frozen = learned
     broken = (texts, ids, frozen._replace(head=frozen.head.at[0, 0].set(jnp.nan)))

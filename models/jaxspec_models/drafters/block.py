@@ -433,6 +433,11 @@ class BlockDrafter:
     ) -> tuple[Draft, layers.KVCache]:
         """One forward over the block, then the tokens from left to right."""
         batch, num_slots = keys.shape
+        if num_slots > self.config.num_draft_tokens:
+            raise ValueError(
+                f"num_draft_tokens is {num_slots}, and this drafter was trained for at most "
+                f"{self.config.num_draft_tokens}; lower num_draft_tokens."
+            )
         rows, model = jnp.arange(batch), self._model()
         start = context.lengths - 1
         pending = context.tokens[rows, start]
