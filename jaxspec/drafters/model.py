@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import drawing, pytree, sampling
+from jaxspec import pytree, sampling
+from jaxspec.drafters.choosing import chooser
 from jaxspec.sampling import Sampling, check, processing
 from jaxspec.types import PREFILL_CHUNK, Cache, Context, Draft, LanguageModel, Outcome, Signals
 
@@ -115,7 +116,7 @@ class ModelDrafter:
             )
         shape = (batch, num_slots, self.lm.vocab_size)
         log_probs = None if options.is_greedy else jnp.full(shape, -jnp.inf, jnp.float32)
-        choose = self._chooser(keys, context)
+        choose = chooser(keys, context)
 
         def step(progress: _Progress) -> _Progress:
             # Feed what is known and not cached.
@@ -206,24 +207,6 @@ class ModelDrafter:
 
         return lax.while_loop(
             lambda carry: jnp.any(lags(carry[1])), feed, (state.cache, state.num_cached)
-        )
-
-    def _chooser(self, keys: Array, context: Context) -> Callable[[Array, Array], Array]:
-        """How tokens are drawn: (slots i32[B], log-probabilities f32[B, V]) -> i32[B]."""
-        rows = jnp.arange(keys.shape[0])
-        if context.noise_keys is not None:
-            noise_keys = context.noise_keys
-
-            def run_race(slot: Array, log_probs: Array) -> Array:
-                size = log_probs.shape[1]
-                keys = jax.random.clone(noise_keys[rows, slot])  # the verifier will use them again
-                noise = jax.vmap(lambda key: drawing.gumbel_noise(key, size))(keys)
-                return jax.vmap(drawing.race)(noise, log_probs)
-
-            return run_race
-        uniforms = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32)))(keys)
-        return lambda slot, log_probs: jax.vmap(drawing.draw)(
-            uniforms[rows, slot], jnp.exp(log_probs)
         )
 
     def commit(self, state: ModelState, outcome: Outcome) -> ModelState:

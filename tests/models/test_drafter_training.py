@@ -311,8 +311,8 @@ def test_it_is_a_drafter(learned, whole, temperature):
 @pytest.mark.parametrize(
     "patch",
     [
-        ("choose(slot, scores)", "choose(slot, 1.3 * scores)"),  # q is not what is drawn from
-        ("choose(slot, scores)", "choose(slot * 0, scores)"),  # the drafts share their numbers
+        ("choose(slots, scores)", "choose(slots, 1.3 * scores)"),  # q is not what is drawn from
+        ("choose(slots, scores)", "choose(slots * 0, scores)"),  # the drafts share their numbers
     ],
 )
 def test_planted_bugs_in_drawing(learned, whole, patch):

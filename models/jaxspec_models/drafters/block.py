@@ -23,6 +23,7 @@ from jax import lax
 
 import jaxspec
 from jaxspec import pytree
+from jaxspec.drafters.choosing import chooser
 from jaxspec.training import losses, steps
 from jaxspec.types import Context, Draft, Outcome, Signals
 from jaxspec_models import layers, llama, quantization
@@ -443,7 +444,7 @@ class BlockDrafter:
         pending = context.tokens[rows, start]
         h, state = self._forward(model, state, pending, start, num_slots)
         logits = model.head(h)
-        choose = parts.chooser(keys, context)
+        choose = chooser(keys, context)
         options = context.sampling
         shape = (batch, num_slots, self.vocab_size)
         log_probs = None if options.is_greedy else jnp.full(shape, -jnp.inf, jnp.float32)
@@ -455,8 +456,9 @@ class BlockDrafter:
             scores = parts.process(
                 at_slot, self.draft_ids, self.vocab_size, context, carry.tokens, slot
             )
+            slots = jnp.full((batch,), slot)
             hope = carry.hope * jax.nn.sigmoid(model.predicted(h_slot, known))
-            goes_on = keep_drafting(Signals(jnp.full((batch,), slot), scores, h_slot))
+            goes_on = keep_drafting(Signals(slots, scores, h_slot))
             goes_on &= hope >= self.stop_below
             if options.can_ban:  # where bans leave no token, there is nothing to draw
                 goes_on &= jnp.isfinite(jnp.max(scores, axis=-1))
@@ -465,7 +467,7 @@ class BlockDrafter:
                 token = jax.vmap(jaxspec.drawing.argmax)(scores)
                 new_log_probs = None
             else:
-                token = choose(slot, scores)
+                token = choose(slots, scores)
                 new_log_probs = lax.dynamic_update_index_in_dim(carry.log_probs, scores, slot, 1)
             return _Drafting(
                 tokens=lax.dynamic_update_index_in_dim(carry.tokens, token, slot, 1),

@@ -1,15 +1,13 @@
-"""What trained drafters share: reduced vocabularies, choosing tokens, attention of training."""
+"""What trained drafters share: vocabularies that are smaller than the target's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import drawing
 from jaxspec.sampling import processing
 from jaxspec.types import Context
 
@@ -61,27 +59,6 @@ def spread(draft_logits: Array, draft_ids: Array, vocab_size: int) -> Array:
     """f32[B, W] of the draft vocabulary -> f32[B, V]; -inf for the other tokens."""
     whole = jnp.full((draft_logits.shape[0], vocab_size), -jnp.inf, jnp.float32)
     return whole.at[:, draft_ids].set(draft_logits, unique_indices=True, indices_are_sorted=True)
-
-
-def chooser(keys: Array, context: Context) -> Callable[[Array | int, Array], Array]:
-    """How the token of a slot is drawn: (slot, log-probabilities f32[B, V]) -> i32[B].
-
-    Args:
-      keys: key[B, K], of the slots.
-      context: whose noise is shared, where the verifier shares it (`verifiers.match`).
-    """
-    if context.noise_keys is not None:
-        noise_keys = context.noise_keys
-
-        def run_race(slot: Array | int, log_probs: Array) -> Array:
-            # The verifier will use them again.
-            of_slot = jax.random.clone(noise_keys[:, slot])
-            noise = jax.vmap(lambda key: drawing.gumbel_noise(key, log_probs.shape[1]))(of_slot)
-            return jax.vmap(drawing.race)(noise, log_probs)
-
-        return run_race
-    uniforms = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32)))(keys)
-    return lambda slot, log_probs: jax.vmap(drawing.draw)(uniforms[:, slot], jnp.exp(log_probs))
 
 
 def process(
