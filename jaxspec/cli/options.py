@@ -305,6 +305,12 @@ def _add_train_data(commands: Any) -> None:
         default=[0.0, 1.0],
         help="each prompt is answered once at each; 0 is greedy (default: 0 1)",
     )
+    parser.add_argument(
+        "--features",
+        metavar="DIRECTORY",
+        help="keep what the target computes on the way, for `jaxspec train drafter --features`, "
+        "which computes it otherwise; 5 kB a token with smollm2-135m",
+    )
     _add_max_new_tokens(parser, 256)
     _add_count(parser, "--max-prompt-tokens", 512, "longer prompts are left out")
     _add_count(parser, "--tokens", None, "end at so many new tokens (default: with the prompts)")

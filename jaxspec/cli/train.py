@@ -29,6 +29,13 @@ def write_data(arguments: argparse.Namespace) -> int:
     tokenizer = running.load_tokenizer(arguments.target)
     model = running.load_model(arguments.target, arguments.dtype, arguments.quantization)
     with told_to_the_user(), running.exit_on_interrupt(), _Bar() as bar:
+        recorder = None
+        if arguments.features is not None:
+            from jaxspec_models import drafter_making
+
+            recorder = drafter_making.recorder(
+                model, arguments.features, weights=_weights(arguments)
+            )
         done = answers.write_answers(
             model,
             tokenizer,
@@ -42,10 +49,16 @@ def write_data(arguments: argparse.Namespace) -> int:
             batch=arguments.batch,
             batches_a_shard=arguments.batches_a_shard,
             seed=arguments.seed,
+            recorder=recorder,
             on_progress=bar.show,
         )
     running.put(f"{done.num_answers} answers, {done.num_tokens} tokens in {arguments.out}\n")
     return 0
+
+
+def _weights(arguments: argparse.Namespace) -> str:
+    """How the target's weights are kept, as features note it."""
+    return cast(str, arguments.quantization or arguments.dtype)
 
 
 def _prompts(path: str) -> list[str]:
@@ -119,7 +132,7 @@ def train_drafter(arguments: argparse.Namespace) -> int:
                 arguments.data,
                 arguments.out,
                 target_name=arguments.target,
-                weights=arguments.quantization or arguments.dtype,
+                weights=_weights(arguments),
                 features_directory=arguments.features,
                 settings=settings,
                 num_draft_tokens=arguments.num_draft_tokens or 6,

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,9 @@ import safetensors.numpy
 import jaxspec
 from jaxspec_models.files import write_atomically
 from jaxspec_models.text import encode_prompt
+
+if TYPE_CHECKING:
+    from jaxspec_models.recording import Recorder
 
 _VERSION = 1
 
@@ -119,6 +122,7 @@ def write_answers(
     batch: int = 32,
     batches_a_shard: int = 4,
     seed: int = 0,
+    recorder: Recorder | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Lets a model answer prompts, through its chat template, and keeps the answers.
@@ -142,6 +146,8 @@ def write_answers(
       batch: answers written at a time.
       batches_a_shard: batches between two writes to the disk.
       seed: another one, another order and other draws.
+      recorder: a `recording.Recorder`, which keeps what the target computes on the way. Shards
+        written without it are left to `features.write_features`.
       on_progress: called at the beginning and behind every shard.
 
     Returns:
@@ -197,6 +203,8 @@ def write_answers(
             f"the model is made for {model.max_length}; lower max_new_tokens or max_prompt_tokens."
         )
     _begin(directory, settings)
+    if recorder is not None:
+        recorder.begin(settings)
 
     shards = list(_batched(tasks, settings["answers_a_shard"]))
     progress = Progress(0, 0, len(tasks), tokens_wanted)
@@ -211,7 +219,9 @@ def write_answers(
             if not num_told:
                 on_progress(progress)
                 num_told = 1
-            answers = _answer(model, encoded, shard, settings, batch)
+            answers, heard = _answer(model, encoded, shard, settings, batch, recorder)
+            if recorder is not None:  # first: answers without features would stay without
+                recorder.write(path.name, answers, heard)
             _write_shard(path, answers)
         num_tokens = sum(len(answer.tokens) - answer.prompt_length for answer in answers)
         progress = dataclasses.replace(
@@ -311,10 +321,19 @@ def _answer(
     tasks: Sequence[_Task],
     settings: dict[str, Any],
     batch: int,
-) -> list[Answer]:
-    """One shard. Prompts of like length share a batch; all batches have one shape of rows."""
+    recorder: Recorder | None,
+) -> tuple[list[Answer], list[np.ndarray]]:
+    """One shard, and what the recorder heard of each answer.
+
+    Prompts of like length share a batch; all batches have one shape of rows.
+    """
     key = jax.random.key(settings["seed"], impl="threefry2x32")
     answers: dict[int, Answer] = {}
+    heard: dict[int, np.ndarray] = {}
+    listening: dict[str, Any] = {}
+    if recorder is not None:
+        # One draft at most: rounds without any run at the width of plain decoding.
+        listening = {"drafter": recorder.listener, "num_draft_tokens": 1, "return_state": True}
     by_length = sorted(tasks, key=lambda task: (len(encoded[task.prompt]), task.number))
     for group in _batched(by_length, batch):
         # The last one is filled up, so that no other program is needed.
@@ -327,6 +346,7 @@ def _answer(
             sampling=jaxspec.Sampling(temperature=temperatures),
             max_new_tokens=settings["max_new_tokens"],
             key=jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers),
+            **listening,
         )
         tokens, lengths = np.asarray(generation.tokens), np.asarray(generation.lengths)
         _check_status(generation.status)
@@ -338,7 +358,13 @@ def _answer(
                 task.prompt,
                 task.temperature,
             )
-    return [answers[task.number] for task in tasks]
+        if recorder is not None:
+            numbers_of_rows = [task.number for task in group]
+            counts = [len(answers[number].tokens) for number in numbers_of_rows]
+            states = recorder.heard(generation, counts)
+            heard.update(zip(numbers_of_rows, states, strict=True))
+    ordered = [task.number for task in tasks]
+    return [answers[i] for i in ordered], [heard[i] for i in ordered if i in heard]
 
 
 def _check_status(status: Any) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxspec
-from jaxspec_models import answers, drafter_training, features, llama
+from jaxspec_models import answers, drafter_training, features, llama, recording
 from jaxspec_models.drafters import block, directory, parts
 from jaxspec_models.files import write_atomically
 
@@ -95,6 +95,23 @@ def make_drafter(
             out / name, target, kind, kept, draft_ids, target_name=target_name, metrics=metrics
         )
     return metrics
+
+
+def recorder(
+    target: jaxspec.LanguageModel, directory: str | os.PathLike[str], *, weights: str
+) -> recording.Recorder:
+    """For `answers.write_answers`: keeps the features that drafters are trained on.
+
+    Args:
+      target: the target.
+      directory: where to, for `make_drafter(features_directory=…)`.
+      weights: how its weights are kept, such as "int8".
+
+    Raises:
+      ValueError: the target is no Llama of `jaxspec_models`.
+    """
+    taps = tapped_layers(llama.config_of(target).num_hidden_layers)
+    return recording.Recorder(target, directory, layers=(*taps, -1), weights=weights)
 
 
 def tapped_layers(num_hidden_layers: int) -> tuple[int, ...]:

@@ -24,11 +24,12 @@ import safetensors
 import safetensors.numpy
 
 import jaxspec
-from jaxspec_models import answers
+from jaxspec_models import answers, llama
 from jaxspec_models.files import write_atomically
 
 _VERSION = 1
 _TOKENS_A_FORWARD = 2048
+_ROWS_A_PRODUCT = 512
 _WIDTHS = (64, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -37,7 +38,8 @@ class Features(NamedTuple):
 
     Attributes:
       hidden: bfloat16[N, L, D], at each token, of each layer that was asked for.
-      log_normalizers: f32[N], log Σ exp(logits) behind each token.
+      log_normalizers: f32[N], log Σ exp(logits) behind each token from the prompt's last on, of
+        the final state as it is stored; 0 before.
     """
 
     hidden: np.ndarray
@@ -59,7 +61,8 @@ def write_features(
       model: the target, as it will be used: quantised if drafts will be for the quantised one.
       answers_directory: of `answers.write_answers`.
       directory: where to; made if need be. Two bytes for each token, layer and channel.
-      layers: hidden states to keep, numbered as for `LanguageModel.apply`; -1: what the head reads.
+      layers: hidden states to keep, numbered as for `LanguageModel.apply`; among them -1, what
+        the head reads.
       weights: how the target's weights are kept, such as "int8"; features of others do not mix.
       on_progress: called behind every shard with shards done and in all.
 
@@ -67,7 +70,8 @@ def write_features(
       The number of shards.
 
     Raises:
-      ValueError: the directory holds other layers, or features of other answers.
+      ValueError: the directory holds other layers, or features of other answers; the model is no
+        Llama of `jaxspec_models`.
       OSError: the directory cannot be written.
 
     Example:
@@ -75,14 +79,8 @@ def write_features(
       Traceback (most recent call last):
       ValueError: nowhere holds no answers: no readable answers.json. ...
     """
-    settings = {
-        "version": _VERSION,
-        "layers": list(layers),
-        "weights": weights,
-        "answers": answers.read_settings(answers_directory),
-    }
     directory = Path(directory)
-    _begin(directory, settings)
+    begin(directory, answers.read_settings(answers_directory), layers=layers, weights=weights)
     paths = answers.shard_paths(answers_directory)
     for number, path in enumerate(paths):
         target_path = directory / path.name
@@ -127,7 +125,7 @@ def read_features(
             f"{directory} holds layers {stored['layers']}, and not {sorted(missing)}: write "
             "features with these, into another directory."
         )
-    columns = [stored["layers"].index(layer) for layer in layers]
+    at = [stored["layers"].index(layer) for layer in layers]
     found: list[answers.Answer] = []
     places: list[tuple[int, slice]] = []
     files: list[Path] = []
@@ -150,7 +148,7 @@ def read_features(
     def read(index: int) -> Features:
         number, tokens = places[index]
         file = open_file(number)
-        hidden = file.get_slice("hidden")[tokens][:, columns].view(ml_dtypes.bfloat16)
+        hidden = file.get_slice("hidden")[tokens][:, at].view(ml_dtypes.bfloat16)
         return Features(hidden, file.get_slice("log_normalizers")[tokens])
 
     return found, read
@@ -160,36 +158,79 @@ def _of_shard(
     model: jaxspec.LanguageModel, found: Sequence[answers.Answer], layers: Sequence[int]
 ) -> dict[str, np.ndarray]:
     hidden: dict[int, np.ndarray] = {}
-    log_normalizers: dict[int, np.ndarray] = {}
     for width, rows in _batches([len(answer.tokens) for answer in found]):
         tokens = np.zeros((max(1, _TOKENS_A_FORWARD // width), width), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(found[row].tokens)] = found[row].tokens
-        states, sums = _forward(model, jnp.asarray(tokens), tuple(layers))
-        states, sums = np.asarray(states), np.asarray(sums)
+        states = np.asarray(_forward(model, jnp.asarray(tokens), tuple(layers)))
         for i, row in enumerate(rows):
-            count = len(found[row].tokens)
-            hidden[row], log_normalizers[row] = states[i, :count], sums[i, :count]
-    order = range(len(found))
-    return {
-        "hidden": np.concatenate([hidden[row] for row in order]),
-        "log_normalizers": np.concatenate([log_normalizers[row] for row in order]),
-    }
+            hidden[row] = states[i, : len(found[row].tokens)]
+    return columns(model, found, [hidden[row] for row in range(len(found))], layers)
+
+
+def columns(
+    model: jaxspec.LanguageModel,
+    found: Sequence[answers.Answer],
+    hidden: Sequence[np.ndarray],
+    layers: Sequence[int],
+) -> dict[str, np.ndarray]:
+    """A shard of features.
+
+    Args:
+      model: the target.
+      found: the shard's answers.
+      hidden: of each answer the bits of bfloat16, uint16[N, L, D].
+      layers: what the L are.
+    """
+    final = layers.index(-1)
+    sums = [np.zeros((len(answer.tokens),), np.float32) for answer in found]
+    places = [slice(max(answer.prompt_length - 1, 0), None) for answer in found]
+    wanted = np.concatenate([h[at, final] for h, at in zip(hidden, places, strict=True)])
+    counts = [len(h[at]) for h, at in zip(hidden, places, strict=True)]
+    parts = np.split(_log_normalizers(model, wanted), np.cumsum(counts)[:-1])
+    for of_answer, at, part in zip(sums, places, parts, strict=True):
+        of_answer[at] = part
+    return {"hidden": np.concatenate(hidden), "log_normalizers": np.concatenate(sums)}
+
+
+def _log_normalizers(model: jaxspec.LanguageModel, final: np.ndarray) -> np.ndarray:
+    """The log Σ exp(logits) of what the head reads: bits of bfloat16, uint16[N, D] -> f32[N]."""
+    config = llama.config_of(model)
+    head = llama.head_rows(config, model.params, jnp.arange(config.vocab_size))
+    found = []
+    for first in range(0, len(final), _ROWS_A_PRODUCT):
+        rows = final[first : first + _ROWS_A_PRODUCT]
+        padded_rows = np.pad(rows, ((0, _ROWS_A_PRODUCT - len(rows)), (0, 0)))
+        found.append(np.asarray(_log_sums(head, jnp.asarray(padded_rows)))[: len(rows)])
+    return np.concatenate(found)
+
+
+@jax.jit
+def _log_sums(head: jax.Array, bits: jax.Array) -> jax.Array:
+    rows = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+    return jax.nn.logsumexp(jnp.einsum("nd,vd->nv", rows, head), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _forward(
-    model: jaxspec.LanguageModel, tokens: jax.Array, layers: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """The bits of bfloat16, uint16[B, T, L, D], and f32[B, T]."""
+def _forward(model: jaxspec.LanguageModel, tokens: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+    """The bits of bfloat16, uint16[B, T, L, D]."""
     batch, width = tokens.shape
     cache = model.init_cache(batch, width, width)
-    start = jnp.zeros((batch,), jnp.int32)
-    num_new = jnp.full((batch,), width, jnp.int32)
-    output, _ = model.forward(tokens, cache, start=start, num_new=num_new, hidden_layers=layers)
-    hidden = jnp.stack([state.astype(jnp.bfloat16) for state in output.hidden], axis=2)
-    bits = jax.lax.bitcast_convert_type(hidden, jnp.uint16)
-    return bits, jax.nn.logsumexp(output.logits.astype(jnp.float32), axis=-1)
+    output, _ = model.forward(
+        tokens,
+        cache,
+        start=jnp.zeros((batch,), jnp.int32),
+        num_new=jnp.full((batch,), width, jnp.int32),
+        logits_at=jnp.zeros((batch, 0), jnp.int32),
+        hidden_layers=layers,
+    )
+    return as_bits(output.hidden)
+
+
+def as_bits(hidden: tuple[jax.Array, ...]) -> jax.Array:
+    """Hidden states float[B, T, D] of L layers as bits of bfloat16: uint16[B, T, L, D]."""
+    stacked = jnp.stack([state.astype(jnp.bfloat16) for state in hidden], axis=2)
+    return jax.lax.bitcast_convert_type(stacked, jnp.uint16)
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -213,7 +254,22 @@ def padded(length: int) -> int:
     return next((width for width in _WIDTHS if width >= length), -(-length // 256) * 256)
 
 
-def _begin(directory: Path, settings: dict[str, Any]) -> None:
+def begin(
+    directory: Path, of_answers: dict[str, Any], *, layers: Sequence[int], weights: str
+) -> None:
+    """Notes what the directory will hold, or compares it with what it holds.
+
+    Raises:
+      ValueError: it holds something else, or the final state is not among the layers.
+    """
+    if -1 not in layers:
+        raise ValueError(f"layers must contain -1, what the head reads; got {list(layers)}.")
+    settings = {
+        "version": _VERSION,
+        "layers": list(layers),
+        "weights": weights,
+        "answers": of_answers,
+    }
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "features.json"
     if not path.exists():

@@ -431,6 +431,13 @@ def config_of(model: jaxspec.LanguageModel) -> LlamaConfig:
     return model.apply.config
 
 
+def head_rows(config: LlamaConfig, params: Any, tokens: Array) -> Array:
+    """Rows of the vocabulary head: i32[W] -> f32[W, D]; logits are `hidden @ rows.T`."""
+    head = params["embed" if config.tie_word_embeddings else "head"]
+    rows: Array = head["weight"][tokens].astype(jnp.float32)
+    return rows * head["scale"][tokens][:, None] if "scale" in head else rows
+
+
 def init_params(config: LlamaConfig, seed: int) -> Any:
     """Random weights: a nested dict of arrays as `abstract_params(config)`."""
     _, state = nnx.split(Llama(config, rngs=nnx.Rngs(seed)))

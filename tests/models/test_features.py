@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxspec_models import answers, features, llama
+import jaxspec
+from jaxspec_models import answers, features, llama, recording
 
 CONFIG = llama.LlamaConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
@@ -79,9 +80,74 @@ def test_features_are_those_of_the_text_alone(written, whole):
         assert stored.hidden.dtype == ml_dtypes.bfloat16
         expected = np.stack([np.asarray(x[0]) for x in output.hidden], axis=1)
         np.testing.assert_allclose(stored.hidden.astype(np.float32), expected, rtol=5e-3, atol=1e-3)
+        # Of the final state as it is stored, so that the law made of both sums to 1.
+        first = answer.prompt_length - 1
+        np.testing.assert_array_equal(stored.log_normalizers[:first], 0)
+        final = stored.hidden[first:, 1].astype(np.float64)
+        head = np.asarray(MODEL.params["head"]["weight"], np.float64)
+        sums = np.exp(final @ head.T - stored.log_normalizers[first:, None]).sum(-1)
+        np.testing.assert_allclose(sums, 1, rtol=1e-5)
+        of_logits = jax.nn.logsumexp(output.logits[0, first:], axis=-1)
+        np.testing.assert_allclose(stored.log_normalizers[first:], of_logits, atol=0.02)
+
+
+def record(prompts, out, features_directory, **options):
+    recorder = recording.Recorder(MODEL, features_directory, layers=LAYERS, weights="float32")
+    return answers.write_answers(
+        MODEL, Tokenizer(), prompts, out, target="tiny", max_new_tokens=7, batch=2,
+        batches_a_shard=2, recorder=recorder, **options,
+    )  # fmt: skip
+
+
+def test_recorded_features_are_those_computed_afterwards(written, whole, tmp_path):
+    record(PROMPTS, tmp_path / "answers", tmp_path / "features")
+    assert files(tmp_path / "answers") == files(written)  # who listens changes nothing
+    found, read = features.read_features(written, tmp_path / "features", layers=LAYERS)
+    found_after, read_after = features.read_features(written, whole, layers=LAYERS)
+    assert len(found) == len(found_after) == 10
+    for i in range(len(found)):
+        recorded, computed = read(i), read_after(i)
+        # The last token was written, but never fed.
         np.testing.assert_allclose(
-            stored.log_normalizers, jax.nn.logsumexp(output.logits[0], axis=-1), rtol=1e-5
+            recorded.hidden[:-1].astype(np.float32), computed.hidden[:-1].astype(np.float32),
+            rtol=1e-2, atol=1e-3,
+        )  # fmt: skip
+        np.testing.assert_allclose(
+            recorded.log_normalizers[:-1], computed.log_normalizers[:-1], atol=0.02
         )
+
+
+def test_an_interrupted_recording_goes_on(written, tmp_path):
+    record(PROMPTS, tmp_path / "answers", tmp_path / "whole")
+
+    class Broken(recording.Recorder):
+        def write(self, name, found, hidden):
+            super().write(name, found, hidden)
+            if name.endswith("1.safetensors"):  # behind the features, before the answers
+                raise Killed
+
+    recorder = Broken(MODEL, tmp_path / "features", layers=LAYERS, weights="float32")
+    with pytest.raises(Killed):
+        answers.write_answers(
+            MODEL, Tokenizer(), PROMPTS, tmp_path / "again", target="tiny", max_new_tokens=7,
+            batch=2, batches_a_shard=2, recorder=recorder,
+        )  # fmt: skip
+    assert len(answers.shard_paths(tmp_path / "again")) == 1
+    record(PROMPTS, tmp_path / "again", tmp_path / "features")
+    assert files(tmp_path / "again") == files(written)
+    assert files(tmp_path / "features") == files(tmp_path / "whole")
+
+
+def test_a_recorder_refuses_what_it_cannot_keep(written, whole, tmp_path):
+    recorder = recording.Recorder(MODEL, whole, layers=(1, -1), weights="float32")
+    with pytest.raises(ValueError, match="other answers, layers or weights"):
+        recorder.begin(answers.read_settings(written))
+    recorder = recording.Recorder(MODEL, tmp_path, layers=(1, 2), weights="float32")
+    with pytest.raises(ValueError, match="layers must contain -1"):
+        recorder.begin(answers.read_settings(written))
+    table = jaxspec.LanguageModel(jnp.eye(4), None, None, vocab_size=4)
+    with pytest.raises(ValueError, match="Llamas of jaxspec_models"):
+        recording.Recorder(table, tmp_path, layers=LAYERS, weights="float32")
 
 
 class Killed(BaseException):

@@ -583,13 +583,9 @@ def frozen_part(target: jaxspec.LanguageModel, config: BlockConfig, draft_ids: A
     """
     shape, params = config.target, target.params
     tokens = jnp.arange(shape.vocab_size, dtype=jnp.int32)
-    head = params["embed" if shape.tie_word_embeddings else "head"]
-    rows = head["weight"][draft_ids].astype(jnp.float32)
-    if "scale" in head:
-        rows = rows * head["scale"][draft_ids][:, None]
     return Frozen(
         embeddings=embed(shape, params["embed"], tokens),
-        head=rows,
+        head=llama.head_rows(shape, params, draft_ids),
         positions=parts.positions_in(draft_ids, shape.vocab_size),
     )
 
