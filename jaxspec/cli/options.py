@@ -324,11 +324,18 @@ def _add_train_drafter(commands: Any) -> None:
     parser = commands.add_parser(
         "drafter",
         help="train a drafter on the model's answers",
-        description="Trains a parallel block drafter on what `jaxspec train data` has written. "
+        description="Trains a drafter on what `jaxspec train data` has written. "
         "Interrupted, it goes on where it was: run the same command again.",
         allow_abbrev=False,
     )
     parser.set_defaults(run=_run_train_drafter)
+    parser.add_argument(
+        "--method",
+        choices=("block", "eagle3", "student"),
+        default="block",
+        help="block: all drafts from one forward; eagle3: one layer that goes on from the model's "
+        "own states; student: some of the model's layers (default: %(default)s)",
+    )
     parser.add_argument(
         "--target",
         metavar="NAME_OR_PATH",
@@ -354,8 +361,27 @@ def _add_train_drafter(commands: Any) -> None:
     _add_count(parser, "--anchors", 16, "drafted blocks learned for every 128 tokens")
     _add_count(parser, "--vocabulary", 8192, "tokens it can draft, the most frequent ones")
     _add_count(parser, "--layers", 1, "of the drafter")
-    _add_count(parser, "--mlp", 1024, "width of its MLPs")
-    _add_count(parser, "--markov-rank", 128, "of what a draft tells the next one")
+    _add_count(parser, "--mlp", None, "width of its MLPs (default: the target's)")
+    _add_count(parser, "--markov-rank", None, "block: of what a draft tells the next one (128)")
+    parser.add_argument(
+        "--source-layers",
+        metavar="N",
+        nargs="+",
+        type=_number(int, lambda x: x >= 0, "at least 0"),
+        help="student: the model's layers it begins with, from 0 (default: spread evenly)",
+    )
+    for name, default, meaning in (
+        ("--cross-entropy", 0.1, "cross-entropy"),
+        ("--total-variation", 1.8, "the probability that a draft is rejected"),
+        ("--lk-lambda", 0.0, "KL and that probability, mixed by how far it has come"),
+    ):
+        parser.add_argument(
+            name,
+            metavar="F",
+            type=_number(float, lambda x: x >= 0, "at least 0"),
+            default=default,
+            help=f"weight in the loss of {meaning} (default: %(default)s)",
+        )
     _add_count(parser, "--warmup-steps", 100, "of the learning rate")
     parser.add_argument(
         "--learning-rate",

@@ -113,6 +113,7 @@ def train_drafter(arguments: argparse.Namespace) -> int:
     """
     with told_to_the_user():
         from jaxspec_models import drafter_making, drafter_training
+        from jaxspec_models.drafters import parts
 
     running.keep_compiled_programs()
     target = running.load_model(arguments.target, arguments.dtype, arguments.quantization)
@@ -121,6 +122,11 @@ def train_drafter(arguments: argparse.Namespace) -> int:
         tokens_a_part=arguments.tokens_a_part,
         parts_a_step=arguments.parts_a_step,
         anchors_a_text=arguments.anchors,
+        objective=parts.Objective(
+            cross_entropy=arguments.cross_entropy,
+            total_variation=arguments.total_variation,
+            lk_lambda=arguments.lk_lambda,
+        ),
         learning_rate=arguments.learning_rate,
         num_warmup_steps=arguments.warmup_steps,
         seed=arguments.seed,
@@ -129,17 +135,13 @@ def train_drafter(arguments: argparse.Namespace) -> int:
         try:
             metrics = drafter_making.make_drafter(
                 target,
+                drafter_making.shape(target, arguments.method, **_shape(arguments)),
                 arguments.data,
                 arguments.out,
                 target_name=arguments.target,
                 weights=_weights(arguments),
                 features_directory=arguments.features,
                 settings=settings,
-                num_draft_tokens=arguments.num_draft_tokens or 6,
-                draft_vocab_size=arguments.vocabulary,
-                num_hidden_layers=arguments.layers,
-                intermediate_size=arguments.mlp,
-                markov_rank=arguments.markov_rank,
                 on_stage=_Stages(),
             )
         except FloatingPointError as error:
@@ -147,6 +149,19 @@ def train_drafter(arguments: argparse.Namespace) -> int:
     lines = (f"{name} {value:.4g}" for name, value in metrics.items())
     running.put(f"a drafter in {arguments.out}: {', '.join(lines)}\n")
     return 0
+
+
+def _shape(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was said of the drafter's shape; the rest is the method's default."""
+    said = {
+        "num_draft_tokens": arguments.num_draft_tokens,
+        "draft_vocab_size": arguments.vocabulary,
+        "num_hidden_layers": arguments.layers,
+        "intermediate_size": arguments.mlp,
+        "markov_rank": arguments.markov_rank,
+        "source_layers": arguments.source_layers and tuple(arguments.source_layers),
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 class _Stages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -13,12 +14,46 @@ import numpy as np
 
 import jaxspec
 from jaxspec_models import answers, drafter_training, features, llama, recording
-from jaxspec_models.drafters import block, directory, parts
+from jaxspec_models.drafters import directory, methods, parts
 from jaxspec_models.files import write_atomically
+
+
+def shape(target: jaxspec.LanguageModel, method: str, **fields: Any) -> parts.DrafterConfig:
+    """The shape of a drafter to be trained for a target.
+
+    Args:
+      target: a Llama of `jaxspec_models`.
+      method: "block", "eagle3" or "student".
+      **fields: of the method's shape (`parts.DrafterConfig`); what is left out is the default, of
+        `intermediate_size` the target's own. A draft vocabulary is at most the target's.
+
+    Raises:
+      ValueError: there is no such method or field.
+
+    Example:
+      >>> import jaxspec_models.llama as llama
+      >>> config = llama.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+      ...                            num_hidden_layers=3, num_attention_heads=2,
+      ...                            num_key_value_heads=1, head_dim=8, dtype="float32")
+      >>> target = llama.language_model(config, llama.init_params(config, seed=0))
+      >>> found = shape(target, "block", markov_rank=8)
+      >>> found.tapped_layers, found.draft_vocab_size, found.intermediate_size, found.markov_rank
+      ((1, 2), 32, 32, 8)
+    """
+    kind, config = methods.of(method).config, llama.config_of(target)
+    if unknown := set(fields) - {field.name for field in dataclasses.fields(kind)}:
+        raise ValueError(f"a drafter of method {method!r} has no {', '.join(sorted(unknown))}.")
+    if method != "student":
+        fields.setdefault("tapped_layers", tapped_layers(config.num_hidden_layers))
+    fields.setdefault("intermediate_size", config.intermediate_size)
+    found = kind(target=config, **fields)
+    few = min(found.draft_vocab_size, config.vocab_size)
+    return dataclasses.replace(found, draft_vocab_size=few)
 
 
 def make_drafter(
     target: jaxspec.LanguageModel,
+    config: parts.DrafterConfig,
     data: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -26,17 +61,13 @@ def make_drafter(
     weights: str,
     settings: drafter_training.Settings,
     features_directory: str | os.PathLike[str] | None = None,
-    num_draft_tokens: int = 6,
-    draft_vocab_size: int = 8192,
-    num_hidden_layers: int = 1,
-    intermediate_size: int = 1024,
-    markov_rank: int = 128,
     on_stage: Callable[..., None] = lambda name, done, total, told="": None,
 ) -> dict[str, float]:
-    """Trains a block drafter on a target's answers; interrupted, the same call goes on.
+    """Trains a drafter on a target's answers; interrupted, the same call goes on.
 
     Args:
       target: the target, as it will be used.
+      config: the drafter's shape, see `shape`.
       data: of `jaxspec train data`.
       out: where the drafter goes: `drafter/` in int8, `drafter-float32/`, checkpoints, `log.csv`.
       target_name: what the target is called.
@@ -44,11 +75,6 @@ def make_drafter(
       settings: how to train.
       features_directory: for the target's features, to be shared by several trainings; None: in
         `out`.
-      num_draft_tokens: K, the most drafts of a round.
-      draft_vocab_size: tokens it can draft, at most V.
-      num_hidden_layers: of the drafter.
-      intermediate_size: of its MLPs.
-      markov_rank: of the bias between drafts.
       on_stage: called with a stage's name, how much of it is done, and of how much.
 
     Returns:
@@ -58,38 +84,35 @@ def make_drafter(
       ValueError: the data, or `out`, belong to something else.
       FloatingPointError: the loss is not finite.
     """
-    config, out = llama.config_of(target), Path(out)
+    out, method = Path(out), methods.of(config.method).module
     stored = Path(features_directory) if features_directory is not None else out / "features"
-    taps = tapped_layers(config.num_hidden_layers)
-    layers = (*taps, -1)
+    taps = config.tapped_layers or tapped_layers(config.target.num_hidden_layers)
     features.write_features(
-        target, data, stored, layers=layers, weights=weights,
+        target, data, stored, layers=(*taps, -1), weights=weights,
         on_progress=lambda done, total: on_stage("features", done, total),
     )  # fmt: skip
-    found, read = features.read_features(data, stored, layers=layers)
-    shape = block.BlockConfig(
-        target=config,
-        tapped_layers=taps,
-        num_draft_tokens=num_draft_tokens,
-        draft_vocab_size=min(draft_vocab_size, config.vocab_size),
-        num_hidden_layers=num_hidden_layers,
-        intermediate_size=intermediate_size,
-        markov_rank=markov_rank,
-    )
+    found, read = features.read_features(data, stored, layers=(*config.tapped_layers, -1))
     out.mkdir(parents=True, exist_ok=True)
-    draft_ids = _vocabulary(out / "vocabulary.json", found, shape)
-    texts = drafter_training.Texts(found, read, settings, num_draft_tokens)
+    draft_ids = _vocabulary(out / "vocabulary.json", found, config)
+    texts = drafter_training.Texts(found, read, settings)
 
     def on_step(done: int, metrics: dict[str, Any]) -> None:
         told = f"loss {metrics['loss']:.3f}, acceptance {metrics['acceptance'][0]:.3f}"
         on_stage("training", done, settings.num_steps, told)
 
-    frozen = block.frozen_part(target, shape, jnp.asarray(draft_ids))
-    params = drafter_training.train(shape, frozen, texts, settings, out, on_step=on_step)
+    params = drafter_training.train(
+        config,
+        method.init_params(config, target, settings.seed),
+        parts.frozen_part(target, config, jnp.asarray(draft_ids)),
+        texts,
+        settings,
+        out,
+        on_step=on_step,
+    )
     metrics = drafter_training.last_line(out / "log.csv")
     for name, (kind, kept) in {
-        "drafter-float32": (shape, params),
-        "drafter": block.quantize(shape, params),
+        "drafter-float32": (config, params),
+        "drafter": method.quantize(config, params),
     }.items():
         directory.save_drafter(
             out / name, target, kind, kept, draft_ids, target_name=target_name, metrics=metrics
@@ -126,7 +149,7 @@ def tapped_layers(num_hidden_layers: int) -> tuple[int, ...]:
     return (2, num_hidden_layers // 2, num_hidden_layers - 3)
 
 
-def _vocabulary(path: Path, found: list[answers.Answer], shape: block.BlockConfig) -> np.ndarray:
+def _vocabulary(path: Path, found: list[answers.Answer], shape: parts.DrafterConfig) -> np.ndarray:
     """The draft vocabulary; kept, since more answers might change it under a training."""
     if path.exists():
         ids = np.asarray(json.loads(path.read_text()), np.int32)

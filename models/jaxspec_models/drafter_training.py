@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxspec.training import steps
 from jaxspec_models import answers
-from jaxspec_models.drafters import block
+from jaxspec_models.drafters import methods, parts
 from jaxspec_models.features import Features
 from jaxspec_models.files import write_atomically
 
@@ -43,7 +43,7 @@ class Settings:
       tokens_a_part: of the texts (with padding) in one part of a batch.
       parts_a_step: parts whose gradients are accumulated.
       anchors_a_text: blocks learned of a text of 128 tokens; longer texts have more.
-      slot_decay: the weight of each slot over that of the one before it.
+      objective: what is minimised.
       learning_rate: at its highest.
       num_warmup_steps: of its rise.
       weight_decay: of matrices.
@@ -54,7 +54,7 @@ class Settings:
     tokens_a_part: int = 2048
     parts_a_step: int = 1
     anchors_a_text: int = 16
-    slot_decay: float = 0.85
+    objective: parts.Objective = dataclasses.field(default_factory=parts.Objective)
     learning_rate: float = 1e-3
     num_warmup_steps: int = 100
     weight_decay: float = 0.01
@@ -68,7 +68,6 @@ class Texts:
       found: the answers.
       read: the features of the i-th; its last layer is what the target's head reads.
       settings: how to train.
-      num_slots: K of the drafter.
 
     Raises:
       ValueError: there is nothing to learn from.
@@ -79,10 +78,8 @@ class Texts:
         found: Sequence[answers.Answer],
         read: Callable[[int], Features],
         settings: Settings,
-        num_slots: int,
     ):
-        self._found, self._read = found, read
-        self._settings, self._num_slots = settings, num_slots
+        self._found, self._read, self._settings = found, read, settings
         usable = [i for i, a in enumerate(found) if _first_anchor(a) + 1 < len(a.tokens)]
         self.held_out = [i for i in usable if found[i].prompt % _HELD_OUT == 0]
         self.learned = [i for i in usable if found[i].prompt % _HELD_OUT != 0]
@@ -94,14 +91,14 @@ class Texts:
         """How many steps go over every text once."""
         return len(self._epoch(0))
 
-    def step(self, number: int) -> block.BlockPart:
+    def step(self, number: int) -> parts.Part:
         """What step `number` learns from; every array with a leading axis of parts."""
         epoch, index = divmod(number, self.steps_an_epoch)
         width, chosen = self._epoch(epoch)[index]
         rng = np.random.default_rng([self._settings.seed, 1, number])
         return self._stacked(width, chosen, rng)
 
-    def evaluation(self) -> Iterator[block.BlockPart]:
+    def evaluation(self) -> Iterator[parts.Part]:
         """The held-out texts, every time with the same anchors."""
         for number, (width, chosen) in enumerate(self._grouped(self.held_out)):
             rng = np.random.default_rng([self._settings.seed, 2, number])
@@ -128,40 +125,38 @@ class Texts:
     def _rows(self, width: int) -> int:
         return max(1, self._settings.tokens_a_part // width)
 
-    def _stacked(
-        self, width: int, chosen: Sequence[int], rng: np.random.Generator
-    ) -> block.BlockPart:
-        parts, slots = self._settings.parts_a_step, self._num_slots
-        batch = parts * self._rows(width)
+    def _stacked(self, width: int, chosen: Sequence[int], rng: np.random.Generator) -> parts.Part:
+        num_parts = self._settings.parts_a_step
+        batch = num_parts * self._rows(width)
         num_anchors = self._settings.anchors_a_text * width // _WIDTHS[0]
         features = [self._read(i) for i in chosen]
         _, num_layers, channels = features[0].hidden.shape
         tokens = np.zeros((batch, width), np.int32)
         hidden = np.zeros((batch, width, num_layers, channels), features[0].hidden.dtype)
         log_normalizers = np.zeros((batch, width), np.float32)
-        anchors = np.ones((batch, num_anchors), np.int32)
-        weights = np.zeros((batch, num_anchors, slots), np.float32)
+        first, lengths = np.ones((batch,), np.int32), np.zeros((batch,), np.int32)
+        anchors = np.full((batch, num_anchors), width, np.int32)
         for row, i in enumerate(chosen):
             answer = self._found[i]
-            length = len(answer.tokens)
+            length = lengths[row] = len(answer.tokens)
             tokens[row, :length] = answer.tokens
             hidden[row, :length] = features[row].hidden
             log_normalizers[row, :length] = features[row].log_normalizers
-            begin = _first_anchor(answer)
-            places = begin + rng.permutation(length - 1 - begin)[:num_anchors]
+            first[row] = _first_anchor(answer)
+            places = first[row] + rng.permutation(length - 1 - first[row])[:num_anchors]
             anchors[row, : len(places)] = places
-            # Slot k is the draft of token anchor + k + 1.
-            exists = places[:, None] + np.arange(slots)[None] + 1 < length
-            weights[row, : len(places)] = exists * self._settings.slot_decay ** np.arange(slots)
-        whole: tuple[Any, ...] = (
-            tokens, hidden[:, :, :-1], hidden[:, :, -1], log_normalizers, anchors, weights,
+        whole: Any = (
+            tokens, hidden[:, :, :-1], hidden[:, :, -1], log_normalizers, first, lengths, anchors,
         )  # fmt: skip
-        return block.BlockPart(*(x.reshape(parts, -1, *x.shape[1:]) for x in whole))
+        whole = parts.Part(*whole)
+        size = batch // num_parts
+        return jax.tree.map(lambda x: x.reshape(num_parts, size, *x.shape[1:]), whole)
 
 
 def train(
-    config: block.BlockConfig,
-    frozen: block.Frozen,
+    config: parts.DrafterConfig,
+    params: Any,
+    frozen: parts.Frozen,
     texts: Texts,
     settings: Settings,
     directory: str | os.PathLike[str],
@@ -173,7 +168,8 @@ def train(
     """Trains, or goes on training where it was interrupted.
 
     Args:
-      config: the drafter's shape, in float32.
+      config: the drafter's shape, in float32, which says by which method.
+      params: the first weights, of the method's `init_params`; not used where training goes on.
       frozen: what it shares with its target.
       texts: what it learns from.
       settings: how.
@@ -197,12 +193,13 @@ def train(
     _begin(directory / "training.json", config, settings, texts)
     tx, step, evaluate = _programs(
         config,
+        settings.objective,
         learning_rate=settings.learning_rate,
         num_steps=settings.num_steps,
         num_warmup_steps=settings.num_warmup_steps,
         weight_decay=settings.weight_decay,
     )
-    state = steps.init(block.init_params(config, frozen, settings.seed), tx)
+    state = steps.init(params, tx)
     log = _Log(directory / "log.csv")
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
@@ -235,11 +232,11 @@ def train(
     return state.params
 
 
-def _begin(path: Path, config: block.BlockConfig, settings: Settings, texts: Texts) -> None:
+def _begin(path: Path, config: parts.DrafterConfig, settings: Settings, texts: Texts) -> None:
     """Notes what is trained, or compares it with what was begun: mixed, it would be neither."""
     described = {
         "settings": dataclasses.asdict(settings),
-        "shape": dataclasses.asdict(config),
+        "shape": {"method": config.method, **dataclasses.asdict(config)},
         "texts": [len(texts.learned), len(texts.held_out)],
     }
     text = json.dumps(described, indent=2) + "\n"
@@ -255,11 +252,14 @@ def _begin(path: Path, config: block.BlockConfig, settings: Settings, texts: Tex
 
 
 @functools.lru_cache(maxsize=4)
-def _programs(config: block.BlockConfig, **rates: Any) -> tuple[Any, Any, Any]:
+def _programs(
+    config: parts.DrafterConfig, objective: parts.Objective, **rates: Any
+) -> tuple[Any, Any, Any]:
     """The optimiser, the step and the evaluation, compiled once for a shape and its rates."""
     tx = steps.optimizer(**rates)
-    graphdef, _ = block.abstract(config)
-    loss = functools.partial(block.loss, graphdef)
+    method = methods.of(config.method).module
+    graphdef, _ = method.abstract(config)
+    loss = functools.partial(method.loss, graphdef, objective=objective)
     return tx, steps.make_step(loss, tx), _make_evaluation(loss)
 
 
@@ -276,8 +276,8 @@ def _make_evaluation(loss: steps.LossFunction) -> Callable[[Any, Texts, Any], di
     def evaluate(params: Any, texts: Texts, frozen: Any) -> dict[str, float]:
         """Of the held-out texts: the loss, and each metric; of slots, each by itself."""
         totals = None
-        for parts in texts.evaluation():
-            new = of_parts(params, parts, frozen)
+        for held_out in texts.evaluation():
+            new = of_parts(params, held_out, frozen)
             totals = new if totals is None else jax.tree.map(jnp.add, totals, new)
         if totals is None:
             return {}

@@ -111,14 +111,18 @@ def test_other_settings_are_refused(whole, target, prompts, capsys):
     assert shards(whole) == before
 
 
+def training(target, data, out, *more):
+    return [
+        "train", "drafter", "--target", target, "--data", str(data), "--out", str(out),
+        "--dtype", "float32", "--steps", "3", "--num-draft-tokens", "2", "--vocabulary", "200",
+        "--tokens-a-part", "256", *more,
+    ]  # fmt: skip
+
+
 def test_a_drafter_of_the_answers(whole, target, tmp_path, capsys):
     """Answers, features, steps and a directory that loads; once more, nothing is left to do."""
     out = tmp_path / "drafter"
-    arguments = [
-        "train", "drafter", "--target", target, "--data", str(whole), "--out", str(out),
-        "--dtype", "float32", "--steps", "3", "--num-draft-tokens", "2", "--vocabulary", "200",
-        "--mlp", "24", "--markov-rank", "4", "--tokens-a-part", "256",
-    ]  # fmt: skip
+    arguments = training(target, whole, out, "--mlp", "24", "--markov-rank", "4")
     assert main(arguments) == 0
     captured = capsys.readouterr()
     assert f"a drafter in {out}: step 3, " in captured.out
@@ -141,6 +145,30 @@ def test_a_drafter_of_the_answers(whole, target, tmp_path, capsys):
     capsys.readouterr()
     assert main([*arguments, "--learning-rate", "0.5"]) == 2
     assert "was begun with other settings" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_student_of_recorded_features(whole, target, prompts, tmp_path, capsys):
+    """Features kept on the way are used as they are, and the answers are the same."""
+    features = tmp_path / "features"
+    recorded = command(target, prompts, tmp_path / "answers", "--features", str(features))
+    assert main(recorded) == 0
+    assert shards(tmp_path / "answers") == shards(whole)
+    before = shards(features)
+    assert before
+    out = tmp_path / "drafter"
+    more = ("--method", "student", "--source-layers", "0", "--features", str(features))
+    assert main(training(target, tmp_path / "answers", out, *more)) == 0
+    assert shards(features) == before
+    model = jaxspec_models.load_model(target, dtype="float32")
+    drafter = jaxspec_models.load_drafter(out / "drafter", model)
+    written = jaxspec.generate(
+        model, [[65, 66]], drafter=drafter, sampling=jaxspec.Sampling(temperature=0),
+        max_new_tokens=8,
+    )  # fmt: skip
+    assert int(written.stats.num_draft_tokens[0]) > 0
+    capsys.readouterr()
+    assert main(training(target, whole, tmp_path / "x", *more, "--markov-rank", "4")) == 2
+    assert "method 'student' has no markov_rank" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["train", "--help"], ["train", "data", "--help"]])

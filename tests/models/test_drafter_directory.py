@@ -5,7 +5,6 @@ import json
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,7 +22,7 @@ PARAMS = llama.init_params(CONFIG, seed=0)
 TARGET = llama.language_model(CONFIG, PARAMS)
 SHAPE = block.BlockConfig(CONFIG, (1, -1), num_draft_tokens=2, draft_vocab_size=30, markov_rank=4)
 IDS = np.sort(np.random.default_rng(0).permutation(48)[:30]).astype(np.int32)
-WEIGHTS = block.init_params(SHAPE, block.frozen_part(TARGET, SHAPE, jnp.asarray(IDS)), seed=1)
+WEIGHTS = block.init_params(SHAPE, TARGET, seed=1)
 
 
 def save(path, shape=SHAPE, weights=WEIGHTS):
@@ -44,7 +43,7 @@ def write(target, drafter):
 def test_what_is_saved_is_loaded(tmp_path, is_quantized):
     shape, weights = block.quantize(SHAPE, WEIGHTS) if is_quantized else (SHAPE, WEIGHTS)
     loaded = directory.load_drafter(save(tmp_path, shape, weights), TARGET, stop_below=0.1)
-    expected = block.block(TARGET, shape, weights, IDS, stop_below=0.1)
+    expected = block.drafter(TARGET, shape, weights, IDS, stop_below=0.1)
     chex.assert_trees_all_equal(loaded, expected)
     assert jax.tree.structure(loaded) == jax.tree.structure(expected)  # no new trace
     out = write(TARGET, loaded)

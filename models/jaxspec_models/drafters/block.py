@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,52 +24,25 @@ from jax import lax
 
 import jaxspec
 from jaxspec import pytree
-from jaxspec.drafters.choosing import chooser
-from jaxspec.training import losses, steps
+from jaxspec.training import steps
 from jaxspec.types import Context, Draft, Outcome, Signals
-from jaxspec_models import layers, llama, quantization
+from jaxspec_models import layers, llama
 from jaxspec_models.drafters import parts
 
 Array: TypeAlias = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """The shape of a block drafter; hashable, compares by value.
+class BlockConfig(parts.DrafterConfig):
+    """The shape of a block drafter.
 
     Attributes:
-      target: the target's shape, whose width, heads' width and rotary positions it shares.
-      tapped_layers: the target's hidden states it reads, numbered as for `LanguageModel.apply`.
-      num_draft_tokens: K, slots of a block.
-      draft_vocab_size: W, tokens it can draft.
-      num_hidden_layers: of its own.
-      intermediate_size: width inside its MLPs.
       markov_rank: R, of the bias.
-      dtype: "float32" or "bfloat16", of weights and cache.
-      quantization: None or "int8", of the products' weights.
     """
 
-    target: llama.LlamaConfig
-    tapped_layers: tuple[int, ...]
-    num_draft_tokens: int
-    draft_vocab_size: int
-    num_hidden_layers: int = 1
-    intermediate_size: int = 1024
-    markov_rank: int = 128
-    dtype: str = "float32"
-    quantization: str | None = None
+    method: ClassVar[str] = "block"
 
-    @property
-    def layer(self) -> llama.LlamaConfig:
-        """The shape of its layers."""
-        return dataclasses.replace(
-            self.target,
-            intermediate_size=self.intermediate_size,
-            attention_bias=False,
-            mlp_bias=False,
-            dtype=self.dtype,
-            quantization=self.quantization,
-        )
+    markov_rank: int = 128
 
 
 class Attention(nnx.Module):
@@ -128,6 +102,8 @@ class BlockModel(nnx.Module):
         linear = functools.partial(layers.Linear, bias=False, config=shape, rngs=rngs)
         self.tap_norms = nnx.List([norm() for _ in range(taps)])
         self.fuse = linear(taps * width, width)
+        self.token_norm, self.last_norm = norm(), norm()
+        self.begin = linear(2 * width, width)
         self.slots = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (config.num_draft_tokens, width))
         )
@@ -135,11 +111,9 @@ class BlockModel(nnx.Module):
             [BlockLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)]
         )
         self.norm = norm()
-        self.head = linear(width, config.draft_vocab_size)
         # One row more, for tokens that are not in the draft vocabulary.
-        self.markov_in = nnx.Param(
-            0.02
-            * jax.random.normal(rngs.params(), (config.draft_vocab_size + 1, config.markov_rank))
+        self.markov_in = layers.Embedding(
+            config.draft_vocab_size + 1, config.markov_rank, config=shape, rngs=rngs
         )
         self.markov_out = linear(config.markov_rank, config.draft_vocab_size)
         self.confidence = nnx.Param(jnp.zeros((width + config.markov_rank + 1,)))
@@ -152,16 +126,20 @@ class BlockModel(nnx.Module):
         ]
         return self.fuse(jnp.concatenate(normed, axis=-1))
 
-    def block(self, pending: Array, count: int) -> Array:
-        """The block's input from the pending tokens' embeddings: f32[B, D] -> f32[B, count, D]."""
-        x = jnp.broadcast_to(
-            self.slots[...][None, :count], (pending.shape[0], count, pending.shape[1])
-        )
-        return x.at[:, 0].add(pending)
+    def block(self, pending: Array, last: Array, count: int) -> Array:
+        """The block's input: f32[B, count, D].
+
+        Args:
+          pending: f32[B, D], the pending tokens' embeddings.
+          last: f32[B, D], `context` of the tokens before them.
+          count: slots.
+        """
+        known = jnp.concatenate([self.token_norm(pending), self.last_norm(last)], axis=-1)
+        return self.begin(known)[:, None] + self.slots[...][None, :count]
 
     def bias(self, before: Array) -> tuple[Array, Array]:
         """Of the tokens before, i32[...] in the draft vocabulary: f32[..., R] and f32[..., W]."""
-        known = self.markov_in[...][before]
+        known = self.markov_in(before)
         return known, self.markov_out(known)
 
     def predicted(self, h: Array, known: Array) -> Array:
@@ -171,45 +149,52 @@ class BlockModel(nnx.Module):
         return jnp.sum(inputs * weight[:-1].reshape((1,) * (h.ndim - 1) + (-1,)), -1) + weight[-1]
 
 
+abstract = functools.partial(parts.abstract, BlockModel)
+
+
 # ---------------------------------------------------------------------------------------------
 # Training.
 
 
-class BlockPart(NamedTuple):
-    """Texts with blocks to be learned, as `loss` takes them.
+def init_params(config: BlockConfig, target: jaxspec.LanguageModel, seed: int) -> Any:
+    """Weights before training: the layers are the target's last ones where their shapes agree.
 
-    Attributes:
-      tokens: i32[B, T], with at least K behind every anchor.
-      hidden: bfloat16[B, T, taps, D], the target's states of the tapped layers at each token.
-      final: bfloat16[B, T, D], what its head reads.
-      log_normalizers: f32[B, T], of its logits.
-      anchors: i32[B, M], where the pending token of each block stands, at least 1.
-      weights: f32[B, M, K], of each slot's loss; 0: not learned.
+    Args:
+      config: the shape, in float32.
+      target: the target.
+      seed: another one, other random weights.
+
+    Returns:
+      A nested dict of f32 arrays as `abstract(config)`.
     """
+    _, state = nnx.split(BlockModel(config, rngs=nnx.Rngs(seed)))
+    params = nnx.to_pure_dict(state)
+    width = params["slots"].shape[1]
+    # At first the block sees the pending token only, and the bias is weak.
+    both = params["begin"]["weight"]
+    params["begin"]["weight"] = both.at[:, width:].multiply(0.1)
+    params["markov_in"]["weight"] *= 0.02
+    depth = config.target.num_hidden_layers
+    for i in range(config.num_hidden_layers):
+        source = depth - config.num_hidden_layers + i
+        if source < 0:
+            continue
+        given, ours = parts.in_float32(target.params["layers"][source]), params["layers"][i]
+        heads = config.target.num_attention_heads * config.target.head_dim
+        qkv = given["attention"]["qkv"]["weight"]
+        ours["attention"] = {
+            "q": {"weight": qkv[:heads]},
+            "kv": {"weight": qkv[heads:]},
+            "out": {"weight": given["attention"]["out"]["weight"]},
+        }
+        ours["input_norm"] = given["input_norm"]
+        ours["post_attention_norm"] = given["post_attention_norm"]
+        if config.intermediate_size == config.target.intermediate_size:
+            ours["mlp"] = {name: {"weight": given["mlp"][name]["weight"]} for name in given["mlp"]}
+    return params
 
-    tokens: Array
-    hidden: Array
-    final: Array
-    log_normalizers: Array
-    anchors: Array
-    weights: Array
 
-
-class Frozen(NamedTuple):
-    """What training reads of the target.
-
-    Attributes:
-      embeddings: f32[V, D].
-      head: f32[W, D], the rows of the draft vocabulary.
-      positions: i32[V], of each token in the draft vocabulary; W: not in it.
-    """
-
-    embeddings: Array
-    head: Array
-    positions: Array
-
-
-def forward(model: BlockModel, part: BlockPart, frozen: Frozen) -> tuple[Array, Array]:
+def forward(model: BlockModel, part: parts.Part, frozen: parts.Frozen) -> tuple[Array, Array]:
     """All blocks of the texts at once, teacher-forced.
 
     Args:
@@ -224,143 +209,105 @@ def forward(model: BlockModel, part: BlockPart, frozen: Frozen) -> tuple[Array, 
     batch, width = part.tokens.shape
     num_blocks, count = part.anchors.shape[1], config.num_draft_tokens
     context = model.context(tuple(part.hidden[:, :, i] for i in range(part.hidden.shape[2])))
-    slots = part.anchors[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None]  # [B, M, K]
     rows = jnp.arange(batch)[:, None]
-    pending = frozen.embeddings[part.tokens[rows, part.anchors]].astype(jnp.float32)
-    x = model.block(pending.reshape(-1, shape.hidden_size), count)
-    x = x.reshape(batch, num_blocks * count, shape.hidden_size)
+    anchors = jnp.minimum(part.anchors, width - 1)
+    pending = frozen.embeddings[part.tokens[rows, anchors]]
+    last = context[rows, anchors - 1]
 
+    def flat(x: Array) -> Array:
+        return x.reshape(-1, shape.hidden_size)
+
+    x = model.block(flat(pending), flat(last), count)
+    x = x.reshape(batch, num_blocks * count, shape.hidden_size)
     text_angles = llama.rotary_tables(
         shape, jnp.broadcast_to(jnp.arange(width)[None], (batch, width))
     )
-    slot_angles = llama.rotary_tables(shape, slots.reshape(batch, -1))
-    sees_text = jnp.arange(width)[None, None] < jnp.repeat(part.anchors, count, axis=1)[:, :, None]
-    sees_slot = jnp.tril(jnp.ones((count, count), bool))
+    positions = anchors[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None]
+    slot_angles = llama.rotary_tables(shape, positions.reshape(batch, -1))
+    sees_text = jnp.arange(width)[None, None] < jnp.repeat(anchors, count, axis=1)[:, :, None]
+    of_block = jnp.repeat(jnp.arange(num_blocks), count)
+    at = jnp.tile(jnp.arange(count), num_blocks)
+    sees_slots = (of_block[:, None] == of_block[None]) & (at[:, None] >= at[None])
+    sees = jnp.concatenate(
+        [sees_text, jnp.broadcast_to(sees_slots[None], (batch, *sees_slots.shape))], axis=2
+    )
     for layer in model.layers:
         attention = layer.attention
         normed = layer.input_norm(x)
         q = attention.queries(normed, *slot_angles)
         own = attention.keys_values(normed, *slot_angles)
         given = attention.keys_values(layer.context_norm(context), *text_angles)
-        mixed = _attend(q, given, own, sees_text, sees_slot)
-        x = layer.finish(x, mixed)
+        keys, values = (jnp.concatenate([a, b], axis=1) for a, b in zip(given, own, strict=True))
+        x = layer.finish(x, parts.attend(q, keys, values, sees))
     h = model.norm(x).reshape(batch, num_blocks, count, shape.hidden_size)
-    before = frozen.positions[part.tokens[rows[:, :, None], slots]]
-    known, bias = model.bias(before)
-    return model.head(h) + bias, model.predicted(lax.stop_gradient(h), lax.stop_gradient(known))
-
-
-def _attend(
-    q: Array,
-    given: tuple[Array, Array],
-    own: tuple[Array, Array],
-    sees_text: Array,
-    sees_slot: Array,
-) -> Array:
-    """Attention of blocks to the text and to themselves.
-
-    Args:
-      q: f32[B, M · K, H, D'].
-      given: keys and values of the text, f32[B, T, KV, D'].
-      own: of the slots, f32[B, M · K, KV, D'].
-      sees_text: bool[B, M · K, T].
-      sees_slot: bool[K, K].
-
-    Returns:
-      f32[B, M · K, H · D'].
-    """
-    batch, num_rows, heads, dim = q.shape
-    count = sees_slot.shape[0]
-    kv_heads = given[0].shape[2]
-    q = (q * dim**-0.5).reshape(batch, num_rows, kv_heads, heads // kv_heads, dim)
-    to_text = jnp.einsum("bqhgd,bshd->bhgqs", q, given[0])
-    to_text = jnp.where(sees_text[:, None, None], to_text, -jnp.inf)
-
-    def blocks(x: Array) -> Array:  # [B, M · K, …] -> [B, M, K, …]
-        return x.reshape(batch, num_rows // count, count, *x.shape[2:])
-
-    to_slots = jnp.einsum("bmqhgd,bmshd->bhgmqs", blocks(q), blocks(own[0]))
-    to_slots = jnp.where(sees_slot[None, None, None, None], to_slots, -jnp.inf)
-    to_slots = to_slots.reshape(*to_text.shape[:-1], count)
-    weights = jax.nn.softmax(jnp.concatenate([to_text, to_slots], axis=-1), axis=-1)
-    text_weights, slot_weights = jnp.split(weights, [to_text.shape[-1]], axis=-1)
-    out = jnp.einsum("bhgqs,bshd->bqhgd", text_weights, given[1])
-    slot_weights = slot_weights.reshape(*slot_weights.shape[:3], -1, count, count)
-    from_slots = jnp.einsum("bhgmqs,bmshd->bmqhgd", slot_weights, blocks(own[1]))
-    return (out + from_slots.reshape(out.shape)).reshape(batch, num_rows, heads * dim)
+    slots, _ = parts.slots_of(part, count)
+    known, bias = model.bias(frozen.positions[part.tokens[rows[:, :, None], slots]])
+    logits = jnp.einsum("bmkd,wd->bmkw", h, frozen.head) + bias
+    return logits, model.predicted(lax.stop_gradient(h), lax.stop_gradient(known))
 
 
 def loss(
     graphdef: Any,
     params: Any,
-    part: BlockPart,
-    frozen: Frozen,
+    part: parts.Part,
+    frozen: parts.Frozen,
     *,
-    cross_entropy: float = 0.1,
-    total_variation: float = 0.9,
-    confidence: float = 1.0,
+    objective: parts.Objective,
 ) -> steps.Totals:
-    """0.1 cross-entropy + 0.9 total variation + confidence, as DSpark weighs them.
+    """See `parts.totals`.
 
     Args:
       graphdef: of the model.
       params: what is trained.
       part: texts.
       frozen: the target's.
-      cross_entropy: its weight.
-      total_variation: its weight.
-      confidence: its weight.
-
-    Returns:
-      Sums over slots; metrics "acceptance" f32[K], "agreement" f32[K] (of the likeliest tokens),
-      "confidence_error" f32[].
+      objective: what is minimised.
     """
     model = nnx.merge(graphdef, nnx.State(params))
     logits, predicted = forward(model, part, frozen)
-    log_q = jax.nn.log_softmax(logits, axis=-1)
-    count = logits.shape[2]
+    slots, exists = parts.slots_of(part, logits.shape[2])
     rows = jnp.arange(part.tokens.shape[0])[:, None, None]
-    slots = part.anchors[:, :, None] + jnp.arange(count, dtype=jnp.int32)[None, None]
-    log_p = jnp.einsum("btd,wd->btw", part.final.astype(jnp.float32), frozen.head)
-    log_p = (log_p - part.log_normalizers[:, :, None])[rows, slots]
+    log_p = parts.target_laws(part, frozen)[rows, slots]
+    return parts.totals(objective, jax.nn.log_softmax(logits, axis=-1), log_p, exists, predicted)
 
-    def over_slots(function: Any, *args: Array) -> Array:
-        return jax.vmap(jax.vmap(jax.vmap(function)))(*args)
 
-    accepted = over_slots(losses.acceptance, log_q, log_p)
-    each = cross_entropy * over_slots(losses.cross_entropy, log_q, log_p)
-    each += total_variation * (1 - accepted)
-    each += confidence * over_slots(losses.confidence, predicted, accepted)
-    is_same = jnp.argmax(log_q, axis=-1) == jnp.argmax(log_p, axis=-1)
-    # What the reduced vocabulary lacks may be the target's likeliest: then p is above what is left.
-    best = jnp.max(log_p, axis=-1)
-    missing = 1 - jnp.sum(jnp.exp(log_p), axis=-1)
-    is_same &= jnp.exp(best) > missing
-    weights = jnp.asarray(part.weights)
-    learned = (weights > 0).astype(jnp.float32)
-    by_slot = jnp.sum(learned, axis=(0, 1))
-    error = jnp.abs(jax.nn.sigmoid(predicted) - accepted)
-    return steps.Totals(
-        jnp.sum(weights * each),
-        jnp.sum(weights),
-        {
-            "acceptance": (jnp.sum(learned * accepted, axis=(0, 1)), by_slot),
-            "agreement": (jnp.sum(jnp.where(is_same, learned, 0.0), axis=(0, 1)), by_slot),
-            "confidence_error": (jnp.sum(learned * error), jnp.sum(learned)),
-        },
-    )
+def quantize(config: BlockConfig, params: Any) -> tuple[BlockConfig, Any]:
+    """The drafter with products in int8, one scale an output channel.
+
+    Args:
+      config: the shape, in float32.
+      params: trained weights.
+
+    Returns:
+      The new shape and weights.
+    """
+    quantized = dataclasses.replace(config, quantization="int8")
+    return quantized, parts.in_int8(abstract(quantized)[1], params)
 
 
 # ---------------------------------------------------------------------------------------------
 # Drafting.
 
 
+class BlockState(NamedTuple):
+    """The drafter's state.
+
+    Attributes:
+      cache: keys and values of its layers, of the target's features at each slot.
+      last: f32[B, D], `BlockModel.context` of the token before the pending one.
+    """
+
+    cache: layers.KVCache
+    last: Array
+
+
 @pytree.dataclass
 class BlockDrafter:
-    """See `block`."""
+    """See `drafter`."""
 
     params: Any
     embeddings: Any  # the target's table, as `layers.Embedding` holds it
+    head: Any  # see `parts.head_of`
     draft_ids: Array
     positions: Array
     stop_below: Array
@@ -380,10 +327,10 @@ class BlockDrafter:
         graphdef, _ = abstract(self.config)
         return nnx.merge(graphdef, nnx.State(self.params))
 
-    def init(self, batch: int, capacity: int) -> layers.KVCache:
+    def init(self, batch: int, capacity: int) -> BlockState:
         """An empty cache of its own layers."""
         shape = self.config.layer
-        return layers.init_cache(
+        cache = layers.init_cache(
             batch,
             capacity,
             num_layers=self.config.num_hidden_layers,
@@ -391,27 +338,28 @@ class BlockDrafter:
             head_dim=shape.head_dim,
             dtype=shape.dtype,
         )
+        return BlockState(cache, jnp.zeros((batch, shape.hidden_size), jnp.float32))
 
     def prefill(
         self,
-        state: layers.KVCache,
+        state: BlockState,
         tokens: Array,
         hidden: tuple[Array, ...],
         start: Array,
         num_new: Array,
-    ) -> layers.KVCache:
+    ) -> BlockState:
         """Takes in the features of one chunk of the prompts."""
-        del tokens, num_new
-        return self._take_in(state, hidden, start)
+        del tokens
+        return self._take_in(state, hidden, start, num_new)
 
-    def commit(self, state: layers.KVCache, outcome: Outcome) -> layers.KVCache:
+    def commit(self, state: BlockState, outcome: Outcome) -> BlockState:
         """Takes in the features of the verified tokens; those of rejected ones are overwritten."""
-        return self._take_in(state, outcome.hidden, outcome.start)
+        return self._take_in(state, outcome.hidden, outcome.start, outcome.num_emitted)
 
     def _take_in(
-        self, cache: layers.KVCache, hidden: tuple[Array, ...], start: Array
-    ) -> layers.KVCache:
-        model, shape = self._model(), self.config.layer
+        self, state: BlockState, hidden: tuple[Array, ...], start: Array, num_new: Array
+    ) -> BlockState:
+        model, shape, cache = self._model(), self.config.layer, state.cache
         batch, width = hidden[0].shape[:2]
         num_rows = layers.padded_width(batch, width)
         context = model.context(tuple(layers.pad_axis(state, 1, num_rows) for state in hidden))
@@ -419,87 +367,57 @@ class BlockDrafter:
         keys, values = list(cache.keys), list(cache.values)
         for i, layer in enumerate(model.layers):
             k, v = layer.attention.keys_values(layer.context_norm(context), *angles)
-            keys[i], values[i] = _write(
+            keys[i], values[i] = parts.write(
                 keys[i], values[i], k[:, :width], v[:, :width], start, shape
             )
-        return layers.KVCache(tuple(keys), tuple(values))
+        last = context[jnp.arange(batch), jnp.maximum(num_new - 1, 0)]
+        return BlockState(
+            layers.KVCache(tuple(keys), tuple(values)),
+            jnp.where(num_new[:, None] > 0, last, state.last),
+        )
 
     def propose(
         self,
         keys: Array,
-        state: layers.KVCache,
+        state: BlockState,
         context: Context,
         num_draft: Array,
-        keep_drafting: Any,
-    ) -> tuple[Draft, layers.KVCache]:
+        keep_drafting: Callable[[Signals], Array],
+    ) -> tuple[Draft, BlockState]:
         """One forward over the block, then the tokens from left to right."""
         batch, num_slots = keys.shape
-        if num_slots > self.config.num_draft_tokens:
-            raise ValueError(
-                f"num_draft_tokens is {num_slots}, and this drafter was trained for at most "
-                f"{self.config.num_draft_tokens}; lower num_draft_tokens."
-            )
-        rows, model = jnp.arange(batch), self._model()
-        start = context.lengths - 1
-        pending = context.tokens[rows, start]
-        h, state = self._forward(model, state, pending, start, num_slots)
-        logits = model.head(h)
-        choose = chooser(keys, context)
-        options = context.sampling
-        shape = (batch, num_slots, self.vocab_size)
-        log_probs = None if options.is_greedy else jnp.full(shape, -jnp.inf, jnp.float32)
+        parts.check_num_draft_tokens(num_slots, self.config)
+        model, start = self._model(), context.lengths - 1
+        pending = context.tokens[jnp.arange(batch), start]
+        h, cache = self._forward(model, state, pending, start, num_slots)
+        logits = parts.logits(self.head, h)
 
-        def step(slot: Array, carry: _Drafting) -> _Drafting:
-            known, bias = model.bias(self.positions[carry.last])
-            at_slot = lax.dynamic_index_in_dim(logits, slot, 1, keepdims=False) + bias
+        def next_step(slot: Array, before: Array, none: None) -> tuple[parts.Step, None]:
+            known, bias = model.bias(self.positions[before])
             h_slot = lax.dynamic_index_in_dim(h, slot, 1, keepdims=False)
-            scores = parts.process(
-                at_slot, self.draft_ids, self.vocab_size, context, carry.tokens, slot
-            )
-            slots = jnp.full((batch,), slot)
-            hope = carry.hope * jax.nn.sigmoid(model.predicted(h_slot, known))
-            goes_on = keep_drafting(Signals(slots, scores, h_slot))
-            goes_on &= hope >= self.stop_below
-            if options.can_ban:  # where bans leave no token, there is nothing to draw
-                goes_on &= jnp.isfinite(jnp.max(scores, axis=-1))
-            is_open = carry.is_open & goes_on & (slot < num_draft)
-            if carry.log_probs is None:
-                token = jax.vmap(jaxspec.drawing.argmax)(scores)
-                new_log_probs = None
-            else:
-                token = choose(slots, scores)
-                new_log_probs = lax.dynamic_update_index_in_dim(carry.log_probs, scores, slot, 1)
-            return _Drafting(
-                tokens=lax.dynamic_update_index_in_dim(carry.tokens, token, slot, 1),
-                last=token,
-                log_probs=new_log_probs,
-                length=carry.length + is_open.astype(jnp.int32),
-                is_open=is_open,
-                hope=hope,
-            )
+            at_slot = lax.dynamic_index_in_dim(logits, slot, 1, keepdims=False) + bias
+            return parts.Step(at_slot, h_slot, jax.nn.sigmoid(model.predicted(h_slot, known))), none
 
-        # Nobody waits for slots that no row will use.
-        drafting = lax.fori_loop(
-            0,
-            jnp.max(num_draft),
-            step,
-            _Drafting(
-                tokens=jnp.zeros((batch, num_slots), jnp.int32),
-                last=pending,
-                log_probs=log_probs,
-                length=jnp.zeros((batch,), jnp.int32),
-                is_open=jnp.ones((batch,), bool),
-                hope=jnp.ones((batch,), jnp.float32),
-            ),
+        draft, _ = parts.draft_tokens(
+            next_step,
+            None,
+            keys,
+            context,
+            num_draft,
+            keep_drafting,
+            draft_ids=self.draft_ids,
+            vocab_size=self.vocab_size,
+            stop_below=self.stop_below,
         )
-        return Draft(drafting.tokens, drafting.log_probs, drafting.length), state
+        return draft, state._replace(cache=cache)
 
     def _forward(
-        self, model: BlockModel, cache: layers.KVCache, pending: Array, start: Array, count: int
+        self, model: BlockModel, state: BlockState, pending: Array, start: Array, count: int
     ) -> tuple[Array, layers.KVCache]:
         """The slots' states f32[B, count, D]; the block's keys are overwritten by `commit`."""
-        shape, batch = self.config.layer, pending.shape[0]
-        x = model.block(embed(self.config.target, self.embeddings, pending), count)
+        shape, batch, cache = self.config.layer, pending.shape[0], state.cache
+        known = parts.embed(self.config.target, self.embeddings, pending)
+        x = model.block(known, state.last, count)
         num_rows = layers.padded_width(batch, count)
         x = layers.pad_axis(x, 1, num_rows)
         angles = llama.rotary_tables(shape, start[:, None] + jnp.arange(num_rows)[None])
@@ -511,7 +429,7 @@ class BlockDrafter:
             normed = layer.input_norm(x)
             q = layer.attention.queries(normed, *angles)
             k, v = layer.attention.keys_values(normed, *angles)
-            keys[i], values[i] = _write(
+            keys[i], values[i] = parts.write(
                 keys[i], values[i], k[:, :count], v[:, :count], start, shape
             )
             mixed = layers.attention(
@@ -521,99 +439,7 @@ class BlockDrafter:
         return model.norm(x)[:, :count], layers.KVCache(tuple(keys), tuple(values))
 
 
-class _Drafting(NamedTuple):
-    tokens: Array  # i32[B, K]
-    last: Array  # i32[B], the token before the slot
-    log_probs: Array | None  # f32[B, K, V]
-    length: Array  # i32[B]
-    is_open: Array  # bool[B]
-    hope: Array  # f32[B], the predicted probability that all drafts so far are accepted
-
-
-def _write(
-    keys: Array, values: Array, k: Array, v: Array, start: Array, shape: llama.LlamaConfig
-) -> tuple[Array, Array]:
-    k, v = layers.storable(k, v, jnp.dtype(shape.dtype))
-    keys = layers.write_slots(keys, k.transpose(0, 2, 3, 1), start, axis=3)
-    return keys, layers.write_slots(values, v.swapaxes(1, 2), start, axis=2)
-
-
-@functools.lru_cache(maxsize=32)
-def abstract(config: BlockConfig) -> tuple[Any, Any]:
-    """The graph definition and the shapes of a config's weights, as a nested dict."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: BlockModel(config, rngs=nnx.Rngs(0))))
-    return graphdef, nnx.to_pure_dict(state)
-
-
-@functools.lru_cache(maxsize=32)
-def _embedding(config: llama.LlamaConfig) -> Any:
-    make = functools.partial(layers.Embedding, config.vocab_size, config.hidden_size, config=config)
-    return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]
-
-
-def embed(config: llama.LlamaConfig, params: Any, tokens: Array) -> Array:
-    """The target's embeddings: i32[...] -> f32[..., D]."""
-    return nnx.merge(_embedding(config), nnx.State(params))(tokens)
-
-
-def init_params(config: BlockConfig, frozen: Frozen, seed: int) -> Any:
-    """Weights before training: random, but for the head, which is the target's.
-
-    Args:
-      config: the shape, in float32.
-      frozen: of the target, see `frozen_part`.
-      seed: another one, other weights.
-
-    Returns:
-      A nested dict of f32 arrays as `abstract(config)`.
-    """
-    _, state = nnx.split(BlockModel(config, rngs=nnx.Rngs(seed)))
-    params = nnx.to_pure_dict(state)
-    params["head"]["weight"] = frozen.head.astype(jnp.float32)
-    return params
-
-
-def frozen_part(target: jaxspec.LanguageModel, config: BlockConfig, draft_ids: Array) -> Frozen:
-    """What training reads of the target, in float32.
-
-    Args:
-      target: a Llama of `jaxspec_models`.
-      config: the drafter's shape.
-      draft_ids: i32[W].
-    """
-    shape, params = config.target, target.params
-    tokens = jnp.arange(shape.vocab_size, dtype=jnp.int32)
-    return Frozen(
-        embeddings=embed(shape, params["embed"], tokens),
-        head=llama.head_rows(shape, params, draft_ids),
-        positions=parts.positions_in(draft_ids, shape.vocab_size),
-    )
-
-
-def quantize(config: BlockConfig, params: Any) -> tuple[BlockConfig, Any]:
-    """The drafter with products in int8, one scale an output channel.
-
-    Args:
-      config: the shape, in float32.
-      params: trained weights.
-
-    Returns:
-      The new shape and weights.
-    """
-    quantized = dataclasses.replace(config, quantization="int8")
-
-    def convert(wanted: Any, given: Any) -> Any:
-        if not isinstance(wanted, dict):
-            return given
-        if "scale" in wanted:
-            steps, scale = quantization.quantize_rows(given["weight"])
-            return {"weight": steps, "scale": scale}
-        return {name: convert(wanted[name], given[name]) for name in wanted}
-
-    return quantized, convert(abstract(quantized)[1], params)
-
-
-def block(
+def drafter(
     target: jaxspec.LanguageModel,
     config: BlockConfig,
     params: Any,
@@ -624,7 +450,7 @@ def block(
     """The drafter of trained weights.
 
     Args:
-      target: the model it was trained for, whose embeddings it shares.
+      target: the model it was trained for, whose embeddings and head it shares.
       config: the shape.
       params: the weights.
       draft_ids: i32[W], its vocabulary, in rising order.
@@ -641,6 +467,7 @@ def block(
     return BlockDrafter(
         params=params,
         embeddings=target.params["embed"],
+        head=parts.head_of(target, config.target, draft_ids),
         draft_ids=draft_ids,
         positions=parts.positions_in(draft_ids, config.target.vocab_size),
         stop_below=jnp.asarray(stop_below, jnp.float32),

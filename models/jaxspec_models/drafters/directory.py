@@ -17,7 +17,7 @@ from jax.tree_util import tree_structure as structure_of
 
 import jaxspec
 from jaxspec_models import llama
-from jaxspec_models.drafters import block
+from jaxspec_models.drafters import methods, parts
 from jaxspec_models.files import write_atomically
 
 _VERSION = 1
@@ -28,7 +28,7 @@ _LEAST_CORRELATION = 0.99  # between them; int8 leaves 0.9999
 def save_drafter(
     directory: str | os.PathLike[str],
     target: jaxspec.LanguageModel,
-    config: block.BlockConfig,
+    config: parts.DrafterConfig,
     params: Any,
     draft_ids: Any,
     *,
@@ -61,7 +61,7 @@ def save_drafter(
     }
     described = {
         "version": _VERSION,
-        "method": "block",
+        "method": config.method,
         "config": shape,
         "target": {
             "name": target_name,
@@ -78,13 +78,14 @@ def save_drafter(
 
 def load_drafter(
     path: str | os.PathLike[str], target: jaxspec.LanguageModel, *, stop_below: float = 0.0
-) -> block.BlockDrafter:
+) -> Any:
     """Loads a trained drafter for its target.
 
     Args:
       path: a directory of `save_drafter`, or of `jaxspec train drafter`.
       target: the model that it was trained for; how that one is quantised does not matter.
-      stop_below: see `jaxspec_models.drafters.block.block`.
+      stop_below: a draft ends where the predicted probability that all of it is accepted is lower;
+        0: nowhere. For methods that predict it (`block`).
 
     Returns:
       A drafter for `jaxspec.generate(drafter=…)`.
@@ -102,23 +103,27 @@ def load_drafter(
         described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory} holds no drafter: no readable config.json.") from error
-    if described.get("version") != _VERSION or described.get("method") != "block":
+    name = described.get("method")
+    if described.get("version") != _VERSION or name not in methods.METHODS:
         raise ValueError(
             f"{directory} holds a drafter of version {described.get('version')} and method "
-            f"{described.get('method')!r}; this is version {_VERSION}, which knows 'block'."
+            f"{name!r}; this is version {_VERSION}, which knows {', '.join(methods.METHODS)}."
         )
+    method = methods.of(name)
     shape = llama.config_of(target)
     _check_target(directory, described["target"], target, shape)
-    given = dict(described["config"])
-    given["tapped_layers"] = tuple(given["tapped_layers"])
-    config = block.BlockConfig(target=shape, **given)
+    given: dict[str, Any] = {
+        field: tuple(value) if isinstance(value, list) else value
+        for field, value in described["config"].items()
+    }
+    config = method.config(target=shape, **given)
     try:
         tensors = safetensors.numpy.load((directory / "drafter.safetensors").read_bytes())
         draft_ids = tensors.pop("draft_ids")
-        params = _unflatten(tensors, block.abstract(config)[1])
+        params = _unflatten(tensors, method.module.abstract(config)[1])
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(f"the weights in {directory} are missing or broken: {error}.") from error
-    return block.block(target, config, params, draft_ids, stop_below=stop_below)
+    return method.module.drafter(target, config, params, draft_ids, stop_below=stop_below)
 
 
 def _name(path: Any) -> str:
@@ -145,7 +150,7 @@ def _samples(target: jaxspec.LanguageModel, config: llama.LlamaConfig) -> np.nda
     rng = np.random.default_rng(0)
     tokens = rng.integers(config.vocab_size, size=_NUM_SAMPLES)
     channels = rng.integers(config.hidden_size, size=_NUM_SAMPLES)
-    rows = block.embed(config, target.params["embed"], jnp.asarray(tokens, jnp.int32))
+    rows = parts.embed(config, target.params["embed"], jnp.asarray(tokens, jnp.int32))
     return np.asarray(rows)[np.arange(_NUM_SAMPLES), channels]
 
 

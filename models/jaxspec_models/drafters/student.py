@@ -1,0 +1,280 @@
+"""A student: a Llama of few of the target's layers, trained to say what the target says.
+
+It begins as a copy of layers chosen from the target, shares its embeddings and the head's rows for
+the tokens it can draft, and reads no features: it is a language model of its own, which drafts
+through `jaxspec.drafters.model`, token by token (arXiv 2211.17192; trained on the target's own
+answers as in DistillSpec, arXiv 2310.08461).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jaxspec
+from jaxspec.drafters.model import ModelDrafter
+from jaxspec.training import steps
+from jaxspec_models import layers, llama
+from jaxspec_models.drafters import parts
+
+Array: TypeAlias = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig(parts.DrafterConfig):
+    """The shape of a student.
+
+    Attributes:
+      source_layers: the target's layers it begins with, counted from 0; empty: spread evenly, the
+        first and the last among them.
+    """
+
+    method: ClassVar[str] = "student"
+
+    source_layers: tuple[int, ...] = ()
+
+
+class StudentModel(nnx.Module):
+    """The trained part: layers and the norm behind them.
+
+    Args:
+      config: the shape.
+      rngs: for random weights.
+    """
+
+    def __init__(self, config: StudentConfig, *, rngs: nnx.Rngs):
+        self.config, shape = config, config.layer
+        self.layers = nnx.List(
+            [llama.DecoderLayer(shape, rngs=rngs) for _ in range(shape.num_hidden_layers)]
+        )
+        self.norm = layers.RMSNorm(shape.hidden_size, epsilon=shape.rms_norm_eps, rngs=rngs)
+
+
+abstract = functools.partial(parts.abstract, StudentModel)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training.
+
+
+def init_params(config: StudentConfig, target: jaxspec.LanguageModel, seed: int) -> Any:
+    """The target's layers, and its last norm.
+
+    Args:
+      config: the shape, in float32.
+      target: the target.
+      seed: of nothing; every method has one.
+
+    Returns:
+      A nested dict of f32 arrays as `abstract(config)`.
+
+    Raises:
+      ValueError: the layers have other shapes than the target's, or there are no such layers.
+    """
+    del seed
+    depth, count = config.target.num_hidden_layers, config.num_hidden_layers
+    sources = config.source_layers or evenly(depth, count)
+    if len(sources) != count or not all(0 <= i < depth for i in sources):
+        raise ValueError(
+            f"a student of {count} layers takes {count} of the target's, numbered 0 to "
+            f"{depth - 1}; got {list(sources)}."
+        )
+    if config.intermediate_size != config.target.intermediate_size or config.target.mlp_bias:
+        raise ValueError(
+            "a student begins with its target's layers: intermediate_size must be "
+            f"{config.target.intermediate_size}, without biases."
+        )
+    return {
+        "layers": {i: parts.in_float32(target.params["layers"][j]) for i, j in enumerate(sources)},
+        "norm": parts.in_float32(target.params["norm"]),
+    }
+
+
+def evenly(depth: int, count: int) -> tuple[int, ...]:
+    """`count` of `depth` layers, from the first to the last.
+
+    Example:
+      >>> evenly(30, 2), evenly(30, 3), evenly(30, 1)
+      ((0, 29), (0, 14, 29), (29,))
+    """
+    if count == 1:
+        return (depth - 1,)
+    return tuple(round(i * (depth - 1) / (count - 1) - 1e-9) for i in range(count))
+
+
+def forward(model: StudentModel, part: parts.Part, frozen: parts.Frozen) -> Array:
+    """Logits behind each token of the texts, f32[B, T, W]."""
+    shape = model.config.layer
+    batch, width = part.tokens.shape
+    cos, sin = llama.rotary_tables(shape, jnp.broadcast_to(jnp.arange(width)[None], (batch, width)))
+    sees = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool))[None], (batch, width, width))
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    x = frozen.embeddings[part.tokens]
+    for layer in model.layers:
+        attention = layer.attention
+        qkv = attention.qkv(layer.input_norm(x))
+        qkv = qkv.reshape(batch, width, heads + 2 * kv_heads, shape.head_dim)
+        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+        q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
+        x = x + attention.out(parts.attend(q, k, v, sees))
+        x = x + layer.mlp(layer.post_attention_norm(x))
+    return jnp.einsum("btd,wd->btw", model.norm(x), frozen.head)
+
+
+def loss(
+    graphdef: Any,
+    params: Any,
+    part: parts.Part,
+    frozen: parts.Frozen,
+    *,
+    objective: parts.Objective,
+) -> steps.Totals:
+    """See `parts.totals`. Every answer token is learned once, whatever the anchors are.
+
+    The metrics of slot k are those of every token all the same: a student that drafts from its own
+    tokens drafts from accepted ones.
+
+    Args:
+      graphdef: of the model.
+      params: what is trained.
+      part: texts.
+      frozen: the target's.
+      objective: what is minimised.
+    """
+    model = nnx.merge(graphdef, nnx.State(params))
+    log_q = jax.nn.log_softmax(forward(model, part, frozen), axis=-1)
+    at = jnp.arange(part.tokens.shape[1])[None]
+    is_learned = (at >= part.first[:, None]) & (at + 1 < part.length[:, None])
+    found = parts.totals(
+        objective,
+        log_q[:, :, None],
+        parts.target_laws(part, frozen)[:, :, None],
+        is_learned[:, :, None],
+    )
+    count = model.config.num_draft_tokens
+    metrics = {
+        name: (jnp.broadcast_to(value, (count,)), jnp.broadcast_to(weight, (count,)))
+        for name, (value, weight) in found.metrics.items()
+    }
+    return found._replace(metrics=metrics)
+
+
+def quantize(config: StudentConfig, params: Any) -> tuple[StudentConfig, Any]:
+    """The drafter with products in int8, one scale an output channel.
+
+    Args:
+      config: the shape, in float32.
+      params: trained weights.
+
+    Returns:
+      The new shape and weights.
+    """
+    quantized = dataclasses.replace(config, quantization="int8")
+    return quantized, parts.in_int8(abstract(quantized)[1], params)
+
+
+# ---------------------------------------------------------------------------------------------
+# Drafting.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    config: StudentConfig
+
+    def __call__(
+        self,
+        params: Any,
+        tokens: Array,
+        cache: layers.KVCache,
+        *,
+        start: Array,
+        num_new: Array | None = None,
+        logits_at: Array | None = None,
+    ) -> tuple[jaxspec.ModelOutput, layers.KVCache]:
+        config, shape = self.config, self.config.layer
+        graphdef, _ = abstract(config)
+        model = nnx.merge(graphdef, nnx.State(params["student"]))
+        batch, width = tokens.shape
+        num_rows = layers.padded_width(batch, width)
+        fed = start + width if num_new is None else jnp.where(num_new > 0, start + num_new, width)
+        visibility = layers.Visibility(prefix=start, mask=None, start=start, live=fed, width=width)
+        positions = start[:, None] + jnp.arange(num_rows)[None]
+        cos, sin = llama.rotary_tables(shape, positions)
+        tokens = layers.pad_axis(tokens, 1, num_rows)
+        x = parts.embed(config.target, params["embed"], tokens)
+        keys, values = list(cache.keys), list(cache.values)
+        for i, layer in enumerate(model.layers):
+            x, keys[i], values[i] = layer(x, keys[i], values[i], cos, sin, visibility)
+        cache = layers.KVCache(tuple(keys), tuple(values))
+        vocab_size = config.target.vocab_size
+        if logits_at is not None and logits_at.shape[1] == 0:
+            return jaxspec.ModelOutput(jnp.zeros((batch, 0, vocab_size), jnp.float32)), cache
+        x = x[:, :width]
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
+        few = parts.logits(params["head"], model.norm(x))
+        return jaxspec.ModelOutput(parts.spread(few, params["draft_ids"], vocab_size)), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class _InitCache:
+    config: StudentConfig
+
+    def __call__(self, batch: int, capacity: int, max_step: int) -> layers.KVCache:
+        del max_step
+        shape = self.config.layer
+        return layers.init_cache(
+            batch,
+            capacity,
+            num_layers=shape.num_hidden_layers,
+            num_kv_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+        )
+
+
+def drafter(
+    target: jaxspec.LanguageModel,
+    config: StudentConfig,
+    params: Any,
+    draft_ids: Any,
+    *,
+    stop_below: Any = 0.0,
+) -> ModelDrafter:
+    """The drafter of trained weights.
+
+    Args:
+      target: the model it was trained for, whose embeddings and head it shares.
+      config: the shape.
+      params: the weights.
+      draft_ids: i32[W], its vocabulary, in rising order; q = 0 for the other tokens.
+      stop_below: must be 0: a student predicts no acceptance.
+
+    Returns:
+      A drafter for `jaxspec.generate`.
+
+    Raises:
+      ValueError: `stop_below` is not 0.
+    """
+    if stop_below != 0:
+        raise ValueError("a student predicts no acceptance: stop_below must be 0.")
+    draft_ids = jnp.asarray(draft_ids, jnp.int32)
+    lm = jaxspec.LanguageModel(
+        params={
+            "student": params,
+            "embed": target.params["embed"],
+            "head": parts.head_of(target, config.target, draft_ids),
+            "draft_ids": draft_ids,
+        },
+        apply=_Apply(config),
+        init_cache=_InitCache(config),
+        vocab_size=config.target.vocab_size,
+        max_length=config.target.max_position_embeddings,
+        eos_ids=config.target.eos_ids,
+    )
+    return jaxspec.drafters.model(lm)
