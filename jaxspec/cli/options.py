@@ -382,6 +382,14 @@ def _add_train_drafter(commands: Any) -> None:
             default=default,
             help=f"weight in the loss of {meaning} (default: %(default)s)",
         )
+    parser.add_argument(
+        "--products",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="precision of the drafter's products in training; weights and sums are float32 "
+        "(default: %(default)s; bfloat16 is faster on accelerators)",
+    )
+    _add_count(parser, "--devices", None, "that share each part (default: all there are)")
     _add_count(parser, "--warmup-steps", 100, "of the learning rate")
     parser.add_argument(
         "--learning-rate",

@@ -112,6 +112,8 @@ def train_drafter(arguments: argparse.Namespace) -> int:
       UserError: an argument, a directory or the model is wrong, or the loss is not finite.
     """
     with told_to_the_user():
+        import jax
+
         from jaxspec_models import drafter_making, drafter_training
         from jaxspec_models.drafters import parts
 
@@ -129,6 +131,8 @@ def train_drafter(arguments: argparse.Namespace) -> int:
         ),
         learning_rate=arguments.learning_rate,
         num_warmup_steps=arguments.warmup_steps,
+        dtype=arguments.products,
+        num_devices=arguments.devices or jax.device_count(),
         seed=arguments.seed,
     )
     with told_to_the_user(), running.exit_on_interrupt():

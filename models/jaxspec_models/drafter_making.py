@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxspec
-from jaxspec_models import answers, drafter_training, features, llama, recording
+from jaxspec_models import answers, drafter_plots, drafter_training, features, llama, recording
 from jaxspec_models.drafters import directory, methods, parts
 from jaxspec_models.files import write_atomically
 
@@ -69,7 +69,8 @@ def make_drafter(
       target: the target, as it will be used.
       config: the drafter's shape, see `shape`.
       data: of `jaxspec train data`.
-      out: where the drafter goes: `drafter/` in int8, `drafter-float32/`, checkpoints, `log.csv`.
+      out: where the drafter goes: `drafter/` in int8, `drafter-float32/`, checkpoints, `log.csv`
+        and `log.png`.
       target_name: what the target is called.
       weights: how its weights are kept, such as "int8".
       settings: how to train.
@@ -102,7 +103,7 @@ def make_drafter(
 
     params = drafter_training.train(
         config,
-        method.init_params(config, target, settings.seed),
+        method.init_params(config, target, texts.sample(), settings.seed),
         parts.frozen_part(target, config, jnp.asarray(draft_ids)),
         texts,
         settings,
@@ -110,6 +111,7 @@ def make_drafter(
         on_step=on_step,
     )
     metrics = drafter_training.last_line(out / "log.csv")
+    drafter_plots.draw_log(out / "log.csv", out / "log.png")
     for name, (kind, kept) in {
         "drafter-float32": (config, params),
         "drafter": method.quantize(config, params),

@@ -47,6 +47,8 @@ class Settings:
       learning_rate: at its highest.
       num_warmup_steps: of its rise.
       weight_decay: of matrices.
+      dtype: "float32" or "bfloat16", of the products; weights and sums are float32 in both.
+      num_devices: that share each part, row by row.
       seed: of the order, the anchors and the first weights.
     """
 
@@ -58,6 +60,8 @@ class Settings:
     learning_rate: float = 1e-3
     num_warmup_steps: int = 100
     weight_decay: float = 0.01
+    dtype: str = "float32"
+    num_devices: int = 1
     seed: int = 0
 
 
@@ -98,6 +102,16 @@ class Texts:
         rng = np.random.default_rng([self._settings.seed, 1, number])
         return self._stacked(width, chosen, rng)
 
+    def sample(self, num_tokens: int = 50_000) -> parts.Part:
+        """Learned texts of one width, without an axis of parts, for the first weights."""
+        by_width: dict[int, list[int]] = {}
+        for width, chosen in self._grouped(self.learned):
+            by_width.setdefault(width, []).extend(chosen)
+        width, chosen = max(by_width.items(), key=lambda item: len(item[1]) * item[0])
+        rng = np.random.default_rng([self._settings.seed, 3])
+        some = chosen[: max(1, num_tokens // width)]
+        return jax.tree.map(lambda x: x[0], self._arrays(width, some, 1, len(some), rng))
+
     def evaluation(self) -> Iterator[parts.Part]:
         """The held-out texts, every time with the same anchors."""
         for number, (width, chosen) in enumerate(self._grouped(self.held_out)):
@@ -123,11 +137,16 @@ class Texts:
         ]
 
     def _rows(self, width: int) -> int:
-        return max(1, self._settings.tokens_a_part // width)
+        devices = self._settings.num_devices
+        return -(-max(1, self._settings.tokens_a_part // width) // devices) * devices
 
     def _stacked(self, width: int, chosen: Sequence[int], rng: np.random.Generator) -> parts.Part:
-        num_parts = self._settings.parts_a_step
-        batch = num_parts * self._rows(width)
+        return self._arrays(width, chosen, self._settings.parts_a_step, self._rows(width), rng)
+
+    def _arrays(
+        self, width: int, chosen: Sequence[int], num_parts: int, rows: int, rng: np.random.Generator
+    ) -> parts.Part:
+        batch = num_parts * rows
         num_anchors = self._settings.anchors_a_text * width // _WIDTHS[0]
         features = [self._read(i) for i in chosen]
         _, num_layers, channels = features[0].hidden.shape
@@ -136,21 +155,22 @@ class Texts:
         log_normalizers = np.zeros((batch, width), np.float32)
         first, lengths = np.ones((batch,), np.int32), np.zeros((batch,), np.int32)
         anchors = np.full((batch, num_anchors), width, np.int32)
+        temperatures = np.zeros((batch,), np.float32)
         for row, i in enumerate(chosen):
             answer = self._found[i]
             length = lengths[row] = len(answer.tokens)
             tokens[row, :length] = answer.tokens
             hidden[row, :length] = features[row].hidden
             log_normalizers[row, :length] = features[row].log_normalizers
-            first[row] = _first_anchor(answer)
+            first[row], temperatures[row] = _first_anchor(answer), answer.temperature
             places = first[row] + rng.permutation(length - 1 - first[row])[:num_anchors]
             anchors[row, : len(places)] = places
         whole: Any = (
             tokens, hidden[:, :, :-1], hidden[:, :, -1], log_normalizers, first, lengths, anchors,
+            temperatures,
         )  # fmt: skip
         whole = parts.Part(*whole)
-        size = batch // num_parts
-        return jax.tree.map(lambda x: x.reshape(num_parts, size, *x.shape[1:]), whole)
+        return jax.tree.map(lambda x: x.reshape(num_parts, rows, *x.shape[1:]), whole)
 
 
 def train(
@@ -183,22 +203,28 @@ def train(
 
     Raises:
       ValueError: a training in the directory was begun with other settings, another shape or
-        other texts.
+        other texts; there are fewer devices.
       FloatingPointError: the loss is not finite.
     """
     import orbax.checkpoint as ocp
 
+    if settings.num_devices > jax.device_count():
+        raise ValueError(
+            f"num_devices is {settings.num_devices}, and there are {jax.device_count()}."
+        )
     directory = Path(directory).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     _begin(directory / "training.json", config, settings, texts)
     tx, step, evaluate = _programs(
         config,
         settings.objective,
+        settings.dtype,
         learning_rate=settings.learning_rate,
         num_steps=settings.num_steps,
         num_warmup_steps=settings.num_warmup_steps,
         weight_decay=settings.weight_decay,
     )
+    shard = _sharder(settings.num_devices)
     state = steps.init(params, tx)
     log = _Log(directory / "log.csv")
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -212,7 +238,7 @@ def train(
         seconds = 0.0
         while done < settings.num_steps:
             begun = time.monotonic()
-            state, metrics = step(state, texts.step(done), frozen)
+            state, metrics = step(state, shard(texts.step(done)), frozen)
             done += 1
             values = {name: np.asarray(value) for name, value in metrics.items()}
             seconds += time.monotonic() - begun
@@ -253,14 +279,38 @@ def _begin(path: Path, config: parts.DrafterConfig, settings: Settings, texts: T
 
 @functools.lru_cache(maxsize=4)
 def _programs(
-    config: parts.DrafterConfig, objective: parts.Objective, **rates: Any
+    config: parts.DrafterConfig, objective: parts.Objective, dtype: str, **rates: Any
 ) -> tuple[Any, Any, Any]:
     """The optimiser, the step and the evaluation, compiled once for a shape and its rates."""
     tx = steps.optimizer(**rates)
     method = methods.of(config.method).module
     graphdef, _ = method.abstract(config)
-    loss = functools.partial(method.loss, graphdef, objective=objective)
+    loss: steps.LossFunction = functools.partial(method.loss, graphdef, objective=objective)
+    if dtype != "float32":
+        loss = _in_dtype(loss, jnp.dtype(dtype))
     return tx, steps.make_step(loss, tx), _make_evaluation(loss)
+
+
+def _in_dtype(loss: steps.LossFunction, dtype: Any) -> steps.LossFunction:
+    """With the products' weights cast; gradients come back as float32."""
+
+    def cast(path: Any, x: Array) -> Array:
+        is_matrix = x.ndim >= 2 and getattr(path[-1], "key", None) == "weight"
+        return x.astype(dtype) if is_matrix else x
+
+    def of_cast(params: Any, part: Any, frozen: Any) -> steps.Totals:
+        return loss(jax.tree_util.tree_map_with_path(cast, params), part, frozen)
+
+    return of_cast
+
+
+def _sharder(num_devices: int) -> Callable[[Any], Any]:
+    """Spreads the rows of parts, the second axis, over devices."""
+    if num_devices == 1:
+        return lambda tree: tree
+    mesh = jax.make_mesh((num_devices,), ("rows",), devices=jax.devices()[:num_devices])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "rows"))
+    return lambda tree: jax.device_put(tree, sharding)
 
 
 def _make_evaluation(loss: steps.LossFunction) -> Callable[[Any, Texts, Any], dict[str, float]]:
@@ -282,14 +332,19 @@ def _make_evaluation(loss: steps.LossFunction) -> Callable[[Any, Texts, Any], di
         if totals is None:
             return {}
         found = {"held_out_loss": float(totals.loss / totals.weight)}
-        for name, value in steps.mean_metrics(totals).items():
-            if np.ndim(value) == 0:
+        means = {n: np.asarray(value) for n, value in steps.mean_metrics(totals).items()}
+        if "predicted" in means:
+            found["calibration_error"] = parts.calibration_error(
+                means.pop("predicted"),
+                means.pop("accepted"),
+                np.asarray(totals.metrics["accepted"][1]),
+            )
+        for name, value in means.items():
+            if value.ndim == 0:
                 found[name] = float(value)
                 continue
-            for slot, of_slot in enumerate(np.asarray(value)):
+            for slot, of_slot in enumerate(value):
                 found[f"{name}_{slot + 1}"] = float(of_slot)
-            # Of a whole block, if one draft's fate told nothing of the next one's.
-            found[f"{name}_tokens_per_step"] = 1.0 + float(np.sum(np.cumprod(value)))
         return found
 
     return evaluate

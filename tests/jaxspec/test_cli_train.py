@@ -139,6 +139,7 @@ def test_a_drafter_of_the_answers(whole, target, tmp_path, capsys):
         plain = jaxspec.generate(model, [[65, 66]], **options)
         np.testing.assert_array_equal(written.tokens, plain.tokens)
         assert int(written.stats.num_draft_tokens[0]) > 0
+    assert (out / "log.png").read_bytes().startswith(b"\x89PNG")
     before = (out / "log.csv").read_bytes()
     assert main(arguments) == 0
     assert (out / "log.csv").read_bytes() == before

@@ -7,6 +7,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxspec
 from jaxspec.testing import random_logits, table_model
@@ -22,7 +23,8 @@ PARAMS = llama.init_params(CONFIG, seed=0)
 TARGET = llama.language_model(CONFIG, PARAMS)
 SHAPE = block.BlockConfig(CONFIG, (1, -1), num_draft_tokens=2, draft_vocab_size=30, markov_rank=4)
 IDS = np.sort(np.random.default_rng(0).permutation(48)[:30]).astype(np.int32)
-WEIGHTS = block.init_params(SHAPE, TARGET, seed=1)
+_, WEIGHTS = nnx.split(block.BlockModel(SHAPE, rngs=nnx.Rngs(1)))
+WEIGHTS = nnx.to_pure_dict(WEIGHTS)
 
 
 def save(path, shape=SHAPE, weights=WEIGHTS):

@@ -80,17 +80,18 @@ def write(root) -> Learned:
     return Learned(texts, ids, parts.frozen_part(TARGET, SHAPES["block"], jnp.asarray(ids)))
 
 
-def first_params(method: str) -> Any:
+def first_params(learned: Learned, method: str) -> Any:
     """Weights before training."""
-    return methods.of(method).module.init_params(SHAPES[method], TARGET, SETTINGS.seed)
+    sample = learned.texts[method].sample()
+    return methods.of(method).module.init_params(SHAPES[method], TARGET, sample, SETTINGS.seed)
 
 
 def train(learned: Learned, directory, method="block", settings=SETTINGS, **options) -> Any:
     """Trained weights."""
     options = {"steps_an_evaluation": 10, "seconds_a_checkpoint": 0.0, **options}
     return drafter_training.train(
-        SHAPES[method], first_params(method), learned.frozen, learned.texts[method], settings,
-        directory, **options,
+        SHAPES[method], first_params(learned, method), learned.frozen, learned.texts[method],
+        settings, directory, **options,
     )  # fmt: skip
 
 

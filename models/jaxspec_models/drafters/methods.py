@@ -3,7 +3,7 @@
 A method is one file: its shape (a `parts.DrafterConfig`), its Flax module, and
 
 - `abstract(config)`: graph definition and shapes of its weights;
-- `init_params(config, target, seed)`: weights before training, float32;
+- `init_params(config, target, sample, seed)`: weights before training, float32; `sample` are texts;
 - `loss(graphdef, params, part, frozen, *, objective)`: `jaxspec.training.steps.Totals` of texts;
 - `quantize(config, params)`: shape and weights in int8;
 - `drafter(target, config, params, draft_ids, *, stop_below)`: what `jaxspec.generate` takes.

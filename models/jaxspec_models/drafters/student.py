@@ -62,12 +62,15 @@ abstract = functools.partial(parts.abstract, StudentModel)
 # Training.
 
 
-def init_params(config: StudentConfig, target: jaxspec.LanguageModel, seed: int) -> Any:
+def init_params(
+    config: StudentConfig, target: jaxspec.LanguageModel, sample: parts.Part, seed: int
+) -> Any:
     """The target's layers, and its last norm.
 
     Args:
       config: the shape, in float32.
       target: the target.
+      sample: of texts, which this method does not look at.
       seed: of nothing; every method has one.
 
     Returns:
@@ -76,7 +79,7 @@ def init_params(config: StudentConfig, target: jaxspec.LanguageModel, seed: int)
     Raises:
       ValueError: the layers have other shapes than the target's, or there are no such layers.
     """
-    del seed
+    del sample, seed
     depth, count = config.target.num_hidden_layers, config.num_hidden_layers
     sources = config.source_layers or evenly(depth, count)
     if len(sources) != count or not all(0 <= i < depth for i in sources):
@@ -123,7 +126,7 @@ def forward(model: StudentModel, part: parts.Part, frozen: parts.Frozen) -> Arra
         q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
         x = x + attention.out(parts.attend(q, k, v, sees))
         x = x + layer.mlp(layer.post_attention_norm(x))
-    return jnp.einsum("btd,wd->btw", model.norm(x), frozen.head)
+    return parts.products(model.norm(x), frozen, model.layers[0].mlp.down)
 
 
 def loss(
@@ -134,34 +137,26 @@ def loss(
     *,
     objective: parts.Objective,
 ) -> steps.Totals:
-    """See `parts.totals`. Every answer token is learned once, whatever the anchors are.
-
-    The metrics of slot k are those of every token all the same: a student that drafts from its own
-    tokens drafts from accepted ones.
+    """Every answer token is learned once; metrics are of the blocks that begin at the anchors.
 
     Args:
       graphdef: of the model.
       params: what is trained.
       part: texts.
       frozen: the target's.
-      objective: what is minimised.
+      objective: what is minimised, without a slot decay: no token is nearer than another.
     """
     model = nnx.merge(graphdef, nnx.State(params))
     log_q = jax.nn.log_softmax(forward(model, part, frozen), axis=-1)
+    log_p = parts.target_laws(part, frozen)
+    judged = parts.judge(log_q, log_p, parts.next_tokens(part, frozen))
     at = jnp.arange(part.tokens.shape[1])[None]
     is_learned = (at >= part.first[:, None]) & (at + 1 < part.length[:, None])
-    found = parts.totals(
-        objective,
-        log_q[:, :, None],
-        parts.target_laws(part, frozen)[:, :, None],
-        is_learned[:, :, None],
-    )
-    count = model.config.num_draft_tokens
-    metrics = {
-        name: (jnp.broadcast_to(value, (count,)), jnp.broadcast_to(weight, (count,)))
-        for name, (value, weight) in found.metrics.items()
-    }
-    return found._replace(metrics=metrics)
+    found = parts.totals(objective, log_q, log_p, judged, is_learned.astype(jnp.float32))
+    slots, exists = parts.slots_of(part, model.config.num_draft_tokens)
+    rows = jnp.arange(part.tokens.shape[0])[:, None, None]
+    in_blocks = jax.tree.map(lambda x: x[rows, slots], judged)
+    return found._replace(metrics=parts.metrics(part, in_blocks, exists))
 
 
 def quantize(config: StudentConfig, params: Any) -> tuple[StudentConfig, Any]:
