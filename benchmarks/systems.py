@@ -26,6 +26,42 @@ Answer = dict[str, Any]
 Run = Callable[[dict[str, Any]], Answer]
 
 
+def write(model: Any, request: dict[str, Any], **options: Any) -> Answer:
+    """Answers a request with `jaxspec`; options of `jaxspec.generate`."""
+    import jax
+
+    from jaxspec import arguments
+    from jaxspec.generate import prefill, result, run
+
+    start = time.perf_counter()
+    prepared = arguments.prepare(
+        model,
+        [request["ids"]],
+        max_new_tokens=request["max_new_tokens"],
+        eos_ids=request["eos_ids"],
+        key=jax.random.key(request["seed"]),
+        **options,
+    )
+    engine, row = prepared.engine, prepared.request
+    state = prefill(engine, row, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
+    state = run(engine, row, state, 1)
+    first = int(state.lengths[0]) - len(request["ids"])
+    begin = time.perf_counter()
+    state = jax.block_until_ready(run(engine, row, state, -1))
+    end = time.perf_counter()
+    done = result(engine, row, state, pad_id=0)
+    count = int(done.lengths[0])
+    return {
+        "tokens": count,
+        "prefill": begin - start,
+        "decode": end - begin,
+        "decode_tokens": count - first,
+        "ids": done.tokens[0, :count].tolist(),
+        "steps": int(done.stats.num_spec_steps[0]),
+        "histogram": done.stats.acceptance_histogram[0].tolist(),
+    }
+
+
 def jaxspec_int8(weights: str, threads: int) -> tuple[str, Run]:
     """This project: int8 weights, prompt lookup under a guarded goodput policy."""
     del threads  # XLA takes the cores the process may use
@@ -33,8 +69,6 @@ def jaxspec_int8(weights: str, threads: int) -> tuple[str, Run]:
 
     import jaxspec
     import jaxspec_models
-    from jaxspec import arguments
-    from jaxspec.generate import prefill, result, run
 
     if cache := os.environ.get("JAXSPEC_BENCHMARK_CACHE"):
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -58,34 +92,7 @@ def jaxspec_int8(weights: str, threads: int) -> tuple[str, Run]:
         }
 
     def answer(request: dict[str, Any]) -> Answer:
-        chosen = options(request["mode"], request["temperature"] or 0)
-        start = time.perf_counter()
-        prepared = arguments.prepare(
-            model,
-            [request["ids"]],
-            max_new_tokens=request["max_new_tokens"],
-            eos_ids=request["eos_ids"],
-            key=jax.random.key(request["seed"]),
-            **chosen,
-        )
-        engine, row = prepared.engine, prepared.request
-        state = prefill(engine, row, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
-        state = run(engine, row, state, 1)
-        first = int(state.lengths[0]) - len(request["ids"])
-        begin = time.perf_counter()
-        state = jax.block_until_ready(run(engine, row, state, -1))
-        end = time.perf_counter()
-        done = result(engine, row, state, pad_id=0)
-        count = int(done.lengths[0])
-        return {
-            "tokens": count,
-            "prefill": begin - start,
-            "decode": end - begin,
-            "decode_tokens": count - first,
-            "ids": done.tokens[0, :count].tolist(),
-            "steps": int(done.stats.num_spec_steps[0]),
-            "histogram": done.stats.acceptance_histogram[0].tolist(),
-        }
+        return write(model, request, **options(request["mode"], request["temperature"] or 0))
 
     return f"jaxspec {jaxspec.__version__}, jax {jax.__version__}, int8", answer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jaxspec
 from jaxspec.cli import running
-from jaxspec.cli.options import DEFAULT_MODEL
+from jaxspec.cli.common import DEFAULT_MODEL
 
 PROMPT = """\
 Write this letter out again, neatly.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from typing import Any, cast
 
@@ -146,6 +147,7 @@ def train_drafter(arguments: argparse.Namespace) -> int:
                 weights=_weights(arguments),
                 features_directory=arguments.features,
                 settings=settings,
+                command=shlex.join(["jaxspec", *arguments.argv]),
                 on_stage=_Stages(),
             )
         except FloatingPointError as error:

@@ -61,6 +61,7 @@ def make_drafter(
     weights: str,
     settings: drafter_training.Settings,
     features_directory: str | os.PathLike[str] | None = None,
+    command: str = "",
     on_stage: Callable[..., None] = lambda name, done, total, told="": None,
 ) -> dict[str, float]:
     """Trains a drafter on a target's answers; interrupted, the same call goes on.
@@ -76,6 +77,7 @@ def make_drafter(
       settings: how to train.
       features_directory: for the target's features, to be shared by several trainings; None: in
         `out`.
+      command: what made it, for the card.
       on_stage: called with a stage's name, how much of it is done, and of how much.
 
     Returns:
@@ -112,6 +114,9 @@ def make_drafter(
     )
     metrics = drafter_training.last_line(out / "log.csv")
     drafter_plots.draw_log(out / "log.csv", out / "log.png")
+    card = _card(
+        config, texts, answers.read_settings(data), settings, metrics, target_name, command
+    )
     for name, (kind, kept) in {
         "drafter-float32": (config, params),
         "drafter": method.quantize(config, params),
@@ -119,7 +124,56 @@ def make_drafter(
         directory.save_drafter(
             out / name, target, kind, kept, draft_ids, target_name=target_name, metrics=metrics
         )
+        write_atomically(out / name / "README.md", card.encode())
     return metrics
+
+
+def _card(
+    config: parts.DrafterConfig,
+    texts: drafter_training.Texts,
+    data: dict[str, Any],
+    settings: drafter_training.Settings,
+    metrics: dict[str, float],
+    target_name: str,
+    command: str,
+) -> str:
+    """A model card in Markdown: what it is for, what made it, how good it is."""
+    shape = {k: v for k, v in dataclasses.asdict(config).items() if k != "target"}
+
+    def listed(items: dict[str, Any]) -> str:
+        return "\n".join(f"- {name}: {value}" for name, value in items.items())
+
+    epochs = settings.num_steps / texts.steps_an_epoch
+    made_by = f"\nMade by\n\n    {command}\n" if command else ""
+    return f"""\
+# A drafter for {target_name}
+
+Method `{config.method}` of jaxspec. It drafts for that model only, whose embeddings and head it
+shares; with any lossless rule the output's distribution is the model's own.
+{made_by}
+## Data
+
+{len(texts.learned)} answers of the model itself, {texts.num_tokens} tokens, at temperatures
+{", ".join(f"{t:g}" for t in data["temperatures"])}, at most {data["max_new_tokens"]} tokens each;
+{len(texts.held_out)} answers to other prompts are held out.
+
+## Shape
+
+{listed(shape)}
+
+## Training
+
+{epochs:.2f} epochs, {metrics["seconds"]:.0f} seconds of steps.
+
+{listed(dataclasses.asdict(settings))}
+
+## On held-out prompts
+
+Acceptance at temperature 1 and agreement of the likeliest tokens, of each draft once those before
+it are accepted; tokens a step of whole blocks.
+
+{listed({k: f"{v:.4g}" for k, v in metrics.items() if k not in ("step", "seconds", "loss")})}
+"""
 
 
 def recorder(

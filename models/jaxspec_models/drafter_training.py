@@ -95,6 +95,12 @@ class Texts:
         """How many steps go over every text once."""
         return len(self._epoch(0))
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the answers that are learned, prompts apart."""
+        chosen = (self._found[i] for i in self.learned)
+        return sum(len(answer.tokens) - answer.prompt_length for answer in chosen)
+
     def step(self, number: int) -> parts.Part:
         """What step `number` learns from; every array with a leading axis of parts."""
         epoch, index = divmod(number, self.steps_an_epoch)

@@ -139,6 +139,9 @@ def test_a_drafter_of_the_answers(whole, target, tmp_path, capsys):
         plain = jaxspec.generate(model, [[65, 66]], **options)
         np.testing.assert_array_equal(written.tokens, plain.tokens)
         assert int(written.stats.num_draft_tokens[0]) > 0
+    card = (out / "drafter" / "README.md").read_text()
+    assert f"    jaxspec train drafter --target {target} --data {whole} --out {out} --dtype" in card
+    assert "method `block`" in card.lower()
     assert (out / "log.png").read_bytes().startswith(b"\x89PNG")
     before = (out / "log.csv").read_bytes()
     assert main(arguments) == 0

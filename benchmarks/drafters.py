@@ -1,0 +1,174 @@
+"""What a trained drafter is worth: side by side, against plain decoding, in one run.
+
+    .venv/bin/python benchmarks/drafters.py --prompts FILE.jsonl --drafters DIRECTORY ... \
+        --per-category 3 --json drafters.json
+
+For each directory of `jaxspec train drafter`, greedily and at temperature 1: how often the draft of
+each slot is accepted once those before it are, tokens a step, the time of a round's whole draft
+phase over that of one plain step, bytes, what training took, and tokens/s over plain decoding, by
+category. Prompts (the first turn of each row, through the chat template) are answered one after
+the other in turn, A B C A B C …, the order reversed every other time; prefill is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from compare import rates, read_prompts
+from systems import write
+
+import jaxspec
+import jaxspec_models
+from jaxspec_models.text import encode_prompt
+
+
+def by_slot(histogram: np.ndarray) -> list[float]:
+    """Of the rounds that accepted the first k drafts, the share that accepted the next one."""
+    reached = np.cumsum(histogram[::-1])[::-1]
+    return [float(b / a) if a else float("nan") for a, b in itertools.pairwise(reached)]
+
+
+def describe(path: str, model: Any, num_draft_tokens: int, temperature: float) -> dict[str, Any]:
+    """What can be told of a drafter without a prompt."""
+    folder = pathlib.Path(path)
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    drafter = jaxspec_models.load_drafter(path, model)
+    profile = jaxspec.measure_costs(
+        model,
+        drafter,
+        num_draft_tokens=num_draft_tokens,
+        context_length=256,
+        sampling=jaxspec.Sampling(temperature=temperature),
+    )
+    verify = np.asarray(profile.verify, np.float64)
+    return {
+        "method": found["method"],
+        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "training_seconds": found["metrics"].get("seconds"),
+        "draft_phase": float(profile.draft) * num_draft_tokens / verify[0],
+        "verification": float(verify[-1] / verify[0]),
+        "plain_step_ms": 1e3 * float(verify[0]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--drafters", nargs="+", required=True, help="directories")
+    parser.add_argument("--prompts", required=True, help="JSONL with category and turns")
+    parser.add_argument("--per-category", type=int, default=3)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--num-draft-tokens", type=int, nargs="+", default=[6])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--quantization", default="int8", choices=("int8", "none"))
+    parser.add_argument("--json", default="drafters.json")
+    args = parser.parse_args()
+
+    if cache := os.environ.get("JAXSPEC_BENCHMARK_CACHE"):
+        jax.config.update("jax_compilation_cache_dir", cache)
+    quantization = None if args.quantization == "none" else args.quantization
+    model = jaxspec_models.load_model(args.model, quantization=quantization)
+    tokenizer = jaxspec_models.load_tokenizer(args.model)
+    prompts = [
+        {"category": category, "ids": encode_prompt(tokenizer, [{"role": "user", "content": text}])}
+        for category, text in read_prompts(args.prompts, args.per_category)
+    ]
+    report: dict[str, Any] = {"settings": vars(args), "temperatures": {}}
+    for temperature in args.temperatures:
+        figures = measure(model, prompts, temperature, args)
+        report["temperatures"][f"{temperature:g}"] = figures
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+
+
+def measure(
+    model: Any, prompts: list[dict[str, Any]], temperature: float, args: argparse.Namespace
+) -> dict[str, Any]:
+    """All drafters at all draft lengths, and plain decoding; prints a table."""
+    sampling = {"sampling": jaxspec.Sampling(temperature=temperature or 0)}
+    contestants: dict[str, dict[str, Any]] = {"plain": {"drafter": None, **sampling}}
+    figures: dict[str, Any] = {"plain": {}}
+    for path in args.drafters:
+        drafter = jaxspec_models.load_drafter(path, model)
+        for count in args.num_draft_tokens:
+            name = f"{path.rstrip('/')} {count}"
+            contestants[name] = {"drafter": drafter, "num_draft_tokens": count, **sampling}
+            figures[name] = describe(path, model, count, temperature or 0)
+
+    def ask(name: str, prompt: dict[str, Any], seed: int) -> dict[str, Any]:
+        request = {
+            "ids": prompt["ids"],
+            "max_new_tokens": args.max_new_tokens,
+            "eos_ids": list(model.eos_ids),
+            "seed": seed,
+        }
+        return write(model, request, **contestants[name]) | {"category": prompt["category"]}
+
+    for name in contestants:  # compiling is not part of it
+        seen = set()
+        for prompt in prompts:
+            if (shape := max(len(prompt["ids"]) - 1, 1).bit_length()) not in seen:
+                ask(name, prompt, 0)
+            seen.add(shape)
+
+    answers: dict[str, list[list[dict[str, Any]]]] = {
+        name: [[] for _ in range(args.rounds)] for name in contestants
+    }
+    for turn in range(args.rounds):
+        for index, prompt in enumerate(prompts):
+            for name in list(contestants)[:: 1 if (turn + index) % 2 == 0 else -1]:
+                time.sleep(0.1)
+                answers[name][turn].append(ask(name, prompt, turn))
+
+    categories = list(dict.fromkeys(prompt["category"] for prompt in prompts))
+    print(f"\ntemperature {temperature:g}, at most {args.max_new_tokens} new tokens, batch 1")
+    for name, rounds in answers.items():
+        found = figures[name]
+
+        def ratio(category: str | None, rounds: Any = rounds) -> float:
+            def of(rounds: Any) -> float:
+                chosen = [[a for a in one if category in (None, a["category"])] for one in rounds]
+                return statistics.median(rates(one)["decode"] for one in chosen)
+
+            return of(rounds) / of(answers["plain"])
+
+        every = [answer for one in rounds for answer in one]
+        found["tokens_per_second"] = statistics.median(rates(one)["decode"] for one in rounds)
+        if name == "plain":
+            print(f"plain: {found['tokens_per_second']:.1f} tokens/s")
+            continue
+        histogram = np.sum([answer["histogram"] for answer in every], axis=0)
+        steps = sum(answer["steps"] for answer in every)
+        found["tokens_per_step"] = sum(answer["tokens"] for answer in every) / steps
+        found["acceptance"] = by_slot(histogram)
+        found["over_plain"] = ratio(None)
+        found["over_plain_by_category"] = {category: ratio(category) for category in categories}
+        plain_texts = [answer["ids"] for one in answers["plain"] for answer in one]
+        found["same_texts"] = sum(
+            a == b["ids"] for a, b in zip(plain_texts, every, strict=True)
+        ) / len(every)
+        lowest = min(found["over_plain_by_category"], key=found["over_plain_by_category"].get)
+        print(
+            f"{name} ({found['method']}, {found['bytes'] / 1e6:.1f} MB): "
+            f"{found['tokens_per_step']:.2f} tokens a step, draft phase {found['draft_phase']:.2f} "
+            f"and verification {found['verification']:.2f} plain steps, "
+            f"{found['over_plain']:.2f} times plain (least: {lowest} "
+            f"{found['over_plain_by_category'][lowest]:.2f}), slots "
+            f"{' '.join(f'{rate:.2f}' for rate in found['acceptance'])}",
+            flush=True,
+        )
+    return figures
+
+
+if __name__ == "__main__":
+    main()
