@@ -17,6 +17,7 @@ import numpy as np
 import jaxspec
 from jaxspec.cli import running
 from jaxspec.cli.errors import UserError, told_to_the_user
+from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.loop import paid_widths
 from jaxspec.types import Policy
 
@@ -47,12 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = running.load_tokenizer(arguments.model)
     prompt_ids = running.encode(tokenizer, prompt, is_chat=arguments.chat)
     target = running.load_model(arguments.model, arguments.dtype, arguments.quantization)
+    drafter = _drafter(arguments, target)
+    is_lookup = drafter is None or isinstance(drafter, PromptLookup)
     num_draft_tokens = arguments.num_draft_tokens or (
-        _NUM_DRAFTED if arguments.draft else _NUM_LOOKED_UP[arguments.quantization]
+        _NUM_LOOKED_UP[arguments.quantization] if is_lookup else _NUM_DRAFTED
     )
     options: dict[str, Any] = {
-        "drafter": _drafter(arguments),
-        "policy": _policy(arguments, num_draft_tokens),
+        "drafter": drafter,
+        "policy": _policy(arguments, num_draft_tokens, is_lookup=is_lookup),
         "sampling": dataclasses.replace(
             sampling_options(arguments), grammar=_grammar(arguments, tokenizer, target)
         ),
@@ -126,17 +129,20 @@ def _read_file(name: str, what: str) -> bytes:
         raise UserError(f"the {what} file {name} cannot be read: {reason}") from error
 
 
-def _drafter(arguments: argparse.Namespace) -> Any:
+def _drafter(arguments: argparse.Namespace, target: jaxspec.LanguageModel) -> Any:
     if arguments.draft is not None:
         running.say(f"Loading {arguments.draft} ...")
         draft = running.load_model(arguments.draft, arguments.dtype, arguments.quantization)
         return jaxspec.drafters.model(draft)
-    return None if arguments.drafter == "none" else jaxspec.drafters.prompt_lookup()
+    if arguments.drafter == "none":
+        return None
+    own = target.default_drafter if arguments.drafter == "auto" else None
+    return own or jaxspec.drafters.prompt_lookup()
 
 
-def _policy(arguments: argparse.Namespace, num_draft_tokens: int) -> Policy:
+def _policy(arguments: argparse.Namespace, num_draft_tokens: int, *, is_lookup: bool) -> Policy:
     """Of text that is looked up, as much as pays; a model's drafts always, while they pay."""
-    if arguments.draft is not None:
+    if not is_lookup:
         return jaxspec.policies.guarded(jaxspec.policies.fixed(num_draft_tokens))
     tokens, seconds = _COSTS[arguments.quantization]
     profile = jaxspec.Profile(

@@ -134,10 +134,11 @@ def _add_generate(commands: Any) -> None:
     )
     drafts.add_argument(
         "--drafter",
-        choices=("prompt-lookup", "none"),
-        default="prompt-lookup",
-        help="what proposes tokens without a model of its own: text that stands in the prompt or "
-        "the output already, or nothing (default: %(default)s)",
+        choices=("auto", "prompt-lookup", "none"),
+        default="auto",
+        help="what proposes tokens; auto: what was trained for the model and comes with it, or "
+        "else prompt-lookup: text that stands in the prompt or the output already "
+        "(default: %(default)s)",
     )
     common.add_num_draft_tokens(models, "4, or 2 with --quantization int8 and no --draft")
     common.add_dtype(models)

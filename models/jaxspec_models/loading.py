@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DTYPES = ("float32", "bfloat16")
+_SHIPPED = Path(__file__).with_name("shipped")  # drafters, in directories with their models' names
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOKENIZER_FILES = [
     "tokenizer.json",
@@ -70,6 +71,8 @@ def load_model(
 ) -> jaxspec.LanguageModel:
     """Loads a model without its tokenizer; arguments and errors as `load`.
 
+    A known model whose drafter is shipped has it as its `default_drafter`.
+
     Example:
       >>> load_model("smollm2-135m", quantization="int3")
       Traceback (most recent call last):
@@ -84,7 +87,13 @@ def load_model(
     else:
         path = _find(name, _MODEL_FILES)
         converted = _load_converted(path.name, path, dtype, quantization)
-    return llama.language_model(*converted)
+    model = llama.language_model(*converted)
+    shipped = _SHIPPED / name
+    if name not in download.MODELS or not shipped.is_dir():
+        return model
+    from jaxspec_models.drafters.directory import load_drafter
+
+    return model.replace(default_drafter=load_drafter(shipped, model))
 
 
 def load_tokenizer(name_or_path: str | Path) -> TextTokenizer:

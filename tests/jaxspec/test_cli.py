@@ -324,6 +324,22 @@ def test_no_drafter_changes_greedy_text(models, ask):
     assert len(other["stats"]["acceptance_histogram"]) == 3
 
 
+def test_a_model_s_own_drafter_is_used(models, ask, monkeypatch):
+    """What comes with the model drafts, unless something else is asked for."""
+    load = jaxspec_models.load_model
+
+    def with_drafter(name, dtype, quantization):
+        model = load(name, dtype=dtype, quantization=quantization)
+        return model.replace(default_drafter=jaxspec.drafters.model(model))
+
+    monkeypatch.setattr(jaxspec_models, "load_model", with_drafter)
+    own = report_of(ask, "--prompt", "a goose")
+    assert own["stats"]["num_spec_steps"] == 3  # 5 + 5 + 2: it drafts for itself
+    looked_up = report_of(ask, "--prompt", "a goose", "--drafter", "prompt-lookup")
+    assert looked_up["stats"]["num_spec_steps"] > 3
+    assert looked_up["token_ids"] == own["token_ids"]
+
+
 def test_sampling_options_reach_generate(ask, monkeypatch):
     model = table_model(2.0 * jax.random.normal(jax.random.key(0), (257, 257)))
     tokenizer = TextTokenizer(byte_tokenizer())

@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support.real import load, noisy
 from support.running import compiled_parts
 
 import jaxspec
 import jaxspec_models
 from jaxspec import drafters, status
+from jaxspec_models import drafter_making, loading
+from jaxspec_models.drafters import directory, eagle3
 
 pytestmark = pytest.mark.real_model
 
@@ -288,3 +291,22 @@ def test_generate_text(tokenizer):
     )  # fmt: skip
     assert texts[1] == "The capital of France is Paris."
     assert texts[0] == tokenizer.decode(_FUTURE_TEXT)
+
+
+def test_a_shipped_drafter_comes_with_its_model(greedy, prompts, tmp_path, monkeypatch):
+    """Loading the model by its name loads what lies under that name beside the package."""
+    target = load("float32")
+    shape = drafter_making.shape(target, "eagle3", num_draft_tokens=3, draft_vocab_size=512)
+    _, weights = nnx.split(eagle3.EagleModel(shape, rngs=nnx.Rngs(0)))
+    shape, weights = eagle3.quantize(shape, nnx.to_pure_dict(weights))
+    directory.save_drafter(
+        tmp_path / "smollm2-135m", target, shape, weights, np.arange(512), target_name="it"
+    )
+    monkeypatch.setattr(loading, "_SHIPPED", tmp_path)
+    model = jaxspec_models.load_model("smollm2-135m", dtype="float32")
+    assert model.default_drafter.config == shape
+    out = jaxspec.generate(
+        model, prompts, drafter="auto", num_draft_tokens=3, sampling=_GREEDY, max_new_tokens=12
+    )
+    assert np.all(out.stats.num_draft_tokens > 0)
+    np.testing.assert_array_equal(out.tokens, greedy("none").tokens[:, :12])
