@@ -23,7 +23,7 @@ from flax import nnx
 from jax import lax
 
 from jaxspec import pytree
-from jaxspec_models import quantization
+from jaxspec_models import fusion, quantization
 
 Array: TypeAlias = jax.Array
 
@@ -168,7 +168,10 @@ class Embedding(Matrix):
         rows = table[tokens].astype(jnp.float32)
         if not self.is_quantized:
             return rows
-        return rows * self.scale[...][tokens][..., None] / _like(self.factors[...], rows)
+        rows = rows * self.scale[...][tokens][..., None] / _like(self.factors[...], rows)
+        # Written out: fused into a sum, the last product would be rounded with it (a fused
+        # multiply-add) in some programs and by itself in others.
+        return fusion.computed_once(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
 
 
 class RMSNorm(nnx.Module):

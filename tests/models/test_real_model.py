@@ -82,6 +82,20 @@ def test_speculative_text_is_bit_identical_to_plain_text(greedy, drafter):
     np.testing.assert_array_equal(greedy(drafter).log_probs, greedy("none").log_probs)
 
 
+def test_int8_text_is_bit_identical_with_and_without_drafts(prompts):
+    """An embedding fused into a sum, rounded once here and twice there, changed one text of two."""
+    plain, looked_up = (
+        jaxspec.generate(
+            load("int8"), prompts, drafter=_drafter(name), num_draft_tokens=3, sampling=_GREEDY,
+            max_new_tokens=12,
+        )
+        for name in ("none", "lookup")
+    )  # fmt: skip
+    assert np.all(looked_up.stats.num_draft_tokens[1] > 0)
+    np.testing.assert_array_equal(looked_up.tokens, plain.tokens)
+    np.testing.assert_array_equal(looked_up.raw_log_probs, plain.raw_log_probs)
+
+
 def test_golden_tokens_alone():
     """A row alone, in another bucket, is the row of the batch."""
     generation = jaxspec.generate(load("float32"), [_FUTURE], sampling=_GREEDY, max_new_tokens=20)
