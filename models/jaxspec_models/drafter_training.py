@@ -230,14 +230,14 @@ def train(
         num_warmup_steps=settings.num_warmup_steps,
         weight_decay=settings.weight_decay,
     )
-    shard = _sharder(settings.num_devices)
-    state = steps.init(params, tx)
+    shard, replicate = _placers(settings.num_devices)
+    state, frozen = replicate(steps.init(params, tx)), replicate(frozen)
     log = _Log(directory / "log.csv")
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
         if (latest := manager.latest_step()) is not None:
             restored = manager.restore(latest, args=ocp.args.StandardRestore(state))
-            state = steps.TrainState(*restored)
+            state = replicate(steps.TrainState(*restored))
         done = int(state.step)
         log.cut(done)
         last_checkpoint = time.monotonic()
@@ -310,13 +310,23 @@ def _in_dtype(loss: steps.LossFunction, dtype: Any) -> steps.LossFunction:
     return of_cast
 
 
-def _sharder(num_devices: int) -> Callable[[Any], Any]:
-    """Spreads the rows of parts, the second axis, over devices."""
+def _placers(num_devices: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Two functions: one spreads parts' rows, their second axis, over devices, one replicates."""
     if num_devices == 1:
-        return lambda tree: tree
-    mesh = jax.make_mesh((num_devices,), ("rows",), devices=jax.devices()[:num_devices])
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "rows"))
-    return lambda tree: jax.device_put(tree, sharding)
+        return lambda tree: tree, lambda tree: tree
+    # What each device computes is XLA's to find out; the losses know nothing of devices.
+    mesh = jax.make_mesh(
+        (num_devices,),
+        ("rows",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:num_devices],
+    )
+
+    def placer(*axes: str | None) -> Callable[[Any], Any]:
+        spec = jax.sharding.PartitionSpec(*axes)
+        return lambda tree: jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+    return placer(None, "rows"), placer()
 
 
 def _make_evaluation(loss: steps.LossFunction) -> Callable[[Any, Texts, Any], dict[str, float]]:
