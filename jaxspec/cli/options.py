@@ -140,7 +140,7 @@ def _add_generate(commands: Any) -> None:
         "else prompt-lookup: text that stands in the prompt or the output already "
         "(default: %(default)s)",
     )
-    common.add_num_draft_tokens(models, "4, or 2 with --quantization int8 and no --draft")
+    common.add_num_draft_tokens(models, "4, or 2 for prompt lookup with --quantization int8")
     common.add_dtype(models)
 
     prompt = parser.add_argument_group("prompt")

@@ -116,7 +116,7 @@ def train_drafter(arguments: argparse.Namespace) -> int:
         import jax
 
         from jaxspec_models import drafter_making, drafter_training
-        from jaxspec_models.drafters import parts
+        from jaxspec_models.drafters import learning
 
     running.keep_compiled_programs()
     target = running.load_model(arguments.target, arguments.dtype, arguments.quantization)
@@ -125,7 +125,7 @@ def train_drafter(arguments: argparse.Namespace) -> int:
         tokens_a_part=arguments.tokens_a_part,
         parts_a_step=arguments.parts_a_step,
         anchors_a_text=arguments.anchors,
-        objective=parts.Objective(
+        objective=learning.Objective(
             cross_entropy=arguments.cross_entropy,
             total_variation=arguments.total_variation,
             lk_lambda=arguments.lk_lambda,

@@ -14,7 +14,7 @@ import numpy as np
 
 import jaxspec
 from jaxspec_models import answers, drafter_plots, drafter_training, features, llama, recording
-from jaxspec_models.drafters import directory, methods, parts
+from jaxspec_models.drafters import directory, learning, methods, parts
 from jaxspec_models.files import write_atomically
 
 
@@ -106,7 +106,7 @@ def make_drafter(
     params = drafter_training.train(
         config,
         method.init_params(config, target, texts.sample(), settings.seed),
-        parts.frozen_part(target, config, jnp.asarray(draft_ids)),
+        learning.frozen_part(target, config, jnp.asarray(draft_ids)),
         texts,
         settings,
         out,
@@ -119,7 +119,7 @@ def make_drafter(
     )
     for name, (kind, kept) in {
         "drafter-float32": (config, params),
-        "drafter": method.quantize(config, params),
+        "drafter": methods.quantize(config, params),
     }.items():
         directory.save_drafter(
             out / name, target, kind, kept, draft_ids, target_name=target_name, metrics=metrics

@@ -21,10 +21,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxspec.training import steps
 from jaxspec_models import answers
-from jaxspec_models.drafters import methods, parts
+from jaxspec_models.drafters import learning, methods, parts
 from jaxspec_models.features import Features
 from jaxspec_models.files import write_atomically
 
@@ -56,7 +57,7 @@ class Settings:
     tokens_a_part: int = 2048
     parts_a_step: int = 1
     anchors_a_text: int = 16
-    objective: parts.Objective = dataclasses.field(default_factory=parts.Objective)
+    objective: learning.Objective = dataclasses.field(default_factory=learning.Objective)
     learning_rate: float = 1e-3
     num_warmup_steps: int = 100
     weight_decay: float = 0.01
@@ -101,14 +102,14 @@ class Texts:
         chosen = (self._found[i] for i in self.learned)
         return sum(len(answer.tokens) - answer.prompt_length for answer in chosen)
 
-    def step(self, number: int) -> parts.Part:
+    def step(self, number: int) -> learning.Part:
         """What step `number` learns from; every array with a leading axis of parts."""
         epoch, index = divmod(number, self.steps_an_epoch)
         width, chosen = self._epoch(epoch)[index]
         rng = np.random.default_rng([self._settings.seed, 1, number])
         return self._stacked(width, chosen, rng)
 
-    def sample(self, num_tokens: int = 50_000) -> parts.Part:
+    def sample(self, num_tokens: int = 50_000) -> learning.Part:
         """Learned texts of one width, without an axis of parts, for the first weights."""
         by_width: dict[int, list[int]] = {}
         for width, chosen in self._grouped(self.learned):
@@ -118,7 +119,7 @@ class Texts:
         some = chosen[: max(1, num_tokens // width)]
         return jax.tree.map(lambda x: x[0], self._arrays(width, some, 1, len(some), rng))
 
-    def evaluation(self) -> Iterator[parts.Part]:
+    def evaluation(self) -> Iterator[learning.Part]:
         """The held-out texts, every time with the same anchors."""
         for number, (width, chosen) in enumerate(self._grouped(self.held_out)):
             rng = np.random.default_rng([self._settings.seed, 2, number])
@@ -146,12 +147,14 @@ class Texts:
         devices = self._settings.num_devices
         return -(-max(1, self._settings.tokens_a_part // width) // devices) * devices
 
-    def _stacked(self, width: int, chosen: Sequence[int], rng: np.random.Generator) -> parts.Part:
+    def _stacked(
+        self, width: int, chosen: Sequence[int], rng: np.random.Generator
+    ) -> learning.Part:
         return self._arrays(width, chosen, self._settings.parts_a_step, self._rows(width), rng)
 
     def _arrays(
         self, width: int, chosen: Sequence[int], num_parts: int, rows: int, rng: np.random.Generator
-    ) -> parts.Part:
+    ) -> learning.Part:
         batch = num_parts * rows
         num_anchors = self._settings.anchors_a_text * width // _WIDTHS[0]
         features = [self._read(i) for i in chosen]
@@ -175,14 +178,14 @@ class Texts:
             tokens, hidden[:, :, :-1], hidden[:, :, -1], log_normalizers, first, lengths, anchors,
             temperatures,
         )  # fmt: skip
-        whole = parts.Part(*whole)
+        whole = learning.Part(*whole)
         return jax.tree.map(lambda x: x.reshape(num_parts, rows, *x.shape[1:]), whole)
 
 
 def train(
     config: parts.DrafterConfig,
     params: Any,
-    frozen: parts.Frozen,
+    frozen: learning.Frozen,
     texts: Texts,
     settings: Settings,
     directory: str | os.PathLike[str],
@@ -285,16 +288,27 @@ def _begin(path: Path, config: parts.DrafterConfig, settings: Settings, texts: T
 
 @functools.lru_cache(maxsize=4)
 def _programs(
-    config: parts.DrafterConfig, objective: parts.Objective, dtype: str, **rates: Any
+    config: parts.DrafterConfig, objective: learning.Objective, dtype: str, **rates: Any
 ) -> tuple[Any, Any, Any]:
     """The optimiser, the step and the evaluation, compiled once for a shape and its rates."""
     tx = steps.optimizer(**rates)
-    method = methods.of(config.method).module
-    graphdef, _ = method.abstract(config)
-    loss: steps.LossFunction = functools.partial(method.loss, graphdef, objective=objective)
+    loss = _loss(config, objective)
     if dtype != "float32":
         loss = _in_dtype(loss, jnp.dtype(dtype))
     return tx, steps.make_step(loss, tx), _make_evaluation(loss)
+
+
+def _loss(config: parts.DrafterConfig, objective: learning.Objective) -> steps.LossFunction:
+    """The method's, of weights."""
+    method = methods.of(config.method).module
+    graphdef, _ = method.abstract(config)
+
+    def of_weights(params: Any, part: Any, frozen: Any) -> steps.Totals:
+        model = nnx.merge(graphdef, nnx.State(params))
+        found: steps.Totals = method.loss(model, part, frozen, objective=objective)
+        return found
+
+    return of_weights
 
 
 def _in_dtype(loss: steps.LossFunction, dtype: Any) -> steps.LossFunction:
@@ -350,7 +364,7 @@ def _make_evaluation(loss: steps.LossFunction) -> Callable[[Any, Texts, Any], di
         found = {"held_out_loss": float(totals.loss / totals.weight)}
         means = {n: np.asarray(value) for n, value in steps.mean_metrics(totals).items()}
         if "predicted" in means:
-            found["calibration_error"] = parts.calibration_error(
+            found["calibration_error"] = learning.calibration_error(
                 means.pop("predicted"),
                 means.pop("accepted"),
                 np.asarray(totals.metrics["accepted"][1]),

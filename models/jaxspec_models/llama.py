@@ -377,10 +377,13 @@ class _Apply:
 
 
 @dataclasses.dataclass(frozen=True)
-class _InitCache:
+class InitCache:
+    """`init_cache` of a model of this shape."""
+
     config: LlamaConfig
 
     def __call__(self, batch: int, capacity: int, max_step: int) -> layers.KVCache:
+        """Empty."""
         del max_step  # a full cache needs no slack of its own: capacity has it
         return layers.init_cache(
             batch,
@@ -413,7 +416,7 @@ def language_model(config: LlamaConfig, params: Any) -> jaxspec.LanguageModel:
     return jaxspec.LanguageModel(
         params=params,
         apply=_Apply(config),
-        init_cache=_InitCache(config),
+        init_cache=InitCache(config),
         vocab_size=config.vocab_size,
         max_length=config.max_position_embeddings,
         eos_ids=config.eos_ids,

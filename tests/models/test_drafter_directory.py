@@ -12,7 +12,7 @@ from flax import nnx
 import jaxspec
 from jaxspec.testing import random_logits, table_model
 from jaxspec_models import llama, llama_int8
-from jaxspec_models.drafters import block, directory
+from jaxspec_models.drafters import block, directory, methods
 
 CONFIG = llama.LlamaConfig(
     vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -43,7 +43,7 @@ def write(target, drafter):
 
 @pytest.mark.parametrize("is_quantized", [False, True])
 def test_what_is_saved_is_loaded(tmp_path, is_quantized):
-    shape, weights = block.quantize(SHAPE, WEIGHTS) if is_quantized else (SHAPE, WEIGHTS)
+    shape, weights = methods.quantize(SHAPE, WEIGHTS) if is_quantized else (SHAPE, WEIGHTS)
     loaded = directory.load_drafter(save(tmp_path, shape, weights), TARGET, stop_below=0.1)
     expected = block.drafter(TARGET, shape, weights, IDS, stop_below=0.1)
     chex.assert_trees_all_equal(loaded, expected)

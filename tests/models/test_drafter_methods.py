@@ -14,10 +14,20 @@ from support.trained import CONFIG, LAYERS, PARAMS, SHAPES, TARGET, K, V
 import jaxspec
 from jaxspec.testing import check_drafter
 from jaxspec_models import drafter_training
-from jaxspec_models.drafters import block, eagle3, methods, parts, reading, student
+from jaxspec_models.drafters import (
+    block,
+    drafting,
+    eagle3,
+    learning,
+    methods,
+    parts,
+    reading,
+    student,
+)
 
 ALL = sorted(SHAPES)
 READERS = ["block", "eagle3"]  # of the target's features
+DRAWING = ("jaxspec_models.drafters.reading", "jaxspec_models.drafters.drafting")
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +86,20 @@ def test_more_drafts_than_it_was_trained_for(learned, method):
         )  # fmt: skip
 
 
+def test_a_student_begins_with_layers_that_fit():
+    for change, what in (
+        ({"source_layers": (3,)}, "numbered 0 to 2; got .3."),
+        ({"intermediate_size": 32}, "must be 24, got 32"),
+        ({"target": dataclasses.replace(CONFIG, attention_bias=True)}, "has no biases"),
+    ):
+        shape = dataclasses.replace(SHAPES["student"], **change)
+        with pytest.raises(ValueError, match=what):
+            student.init_params(shape, TARGET, None, 0)
+
+
 def quantized(method, weights, is_quantized):
     shape = SHAPES[method]
-    return methods.of(method).module.quantize(shape, weights) if is_quantized else (shape, weights)
+    return methods.quantize(shape, weights) if is_quantized else (shape, weights)
 
 
 # Roundings to int8 may fall otherwise where sums are rounded otherwise.
@@ -91,7 +112,7 @@ def test_block_training_and_drafting_compute_the_same(learned, params, is_quanti
     part = jax.tree.map(lambda x: jnp.asarray(x[0]), learned.texts["block"].step(1))
     shape, weights = quantized("block", params("block"), is_quantized)
     ours = trained.drafter(learned, weights, shape=shape)
-    model = ours._model()
+    model = ours.model()
     rows, text = jnp.arange(part.tokens.shape[0]), part.tokens
     hidden = tuple(part.hidden[:, :, i] for i in range(len(LAYERS)))
     for number in range(2):
@@ -100,7 +121,7 @@ def test_block_training_and_drafting_compute_the_same(learned, params, is_quanti
         logits, predicted = block.forward(model, part, learned.frozen)
         none = jnp.zeros_like(anchors)
         state = ours.prefill(ours.init(len(rows), 160), text, hidden, none, anchors)
-        x = model.block(ours._embed(text[rows, anchors]), state.last, K)
+        x = model.block(ours.embed(text[rows, anchors]), state.last, K)
         h = model.norm(reading.forward(model, state.cache, x, anchors)[0])
         before = jnp.stack([text[rows, anchors + k] for k in range(K)], axis=1)
         known, bias = model.bias(ours.positions[before])
@@ -121,7 +142,7 @@ class Forced:
         """f32[B, K, V]: the drafter's laws behind the text's own tokens."""
         rows = jnp.arange(len(self.text))
         monkeypatch.setattr(
-            parts, "chooser",
+            drafting, "chooser",
             lambda keys, context: lambda slot, scores: self.text[rows, self.lengths + slot],
         )  # fmt: skip
         batch = len(self.text)
@@ -146,7 +167,7 @@ def test_eagle_training_and_drafting_compute_the_same(
     ours = trained.drafter(learned, weights, "eagle3", shape=shape)
     anchors = jnp.minimum(part.anchors[:, 0], part.tokens.shape[1] - K - 1)
     part = part._replace(anchors=part.anchors.at[:, 0].set(anchors))
-    laws = jax.nn.log_softmax(eagle3.forward(ours._model(), part, learned.frozen)[:, 0])
+    laws = jax.nn.log_softmax(eagle3.forward(ours.model(), part, learned.frozen)[:, 0])
     hidden = tuple(part.hidden[:, :, i] for i in range(len(LAYERS)))
     none = jnp.zeros_like(anchors)
     state = ours.prefill(ours.init(len(anchors), 160), part.tokens, hidden, none, anchors)
@@ -222,7 +243,7 @@ def test_features_of_rejected_drafts_are_replaced(learned, params, method):
     [
         ("hidden, outcome.start, ", "hidden, outcome.start + 1, "),
         (
-            "return reading.take_in(model, state, hidden, outcome.start, outcome.num_emitted)",
+            "return take_in(model, state, hidden, outcome.start, outcome.num_emitted)",
             "return state",
         ),
         # only behind what was accepted
@@ -231,7 +252,9 @@ def test_features_of_rejected_drafts_are_replaced(learned, params, method):
     ],
 )
 def test_planted_bugs_in_commit(learned, params, method, patch):
-    module = mutant(f"jaxspec_models.drafters.{method}", patch)
+    module = mutant(
+        f"jaxspec_models.drafters.{method}", patch, within="jaxspec_models.drafters.reading"
+    )
     with pytest.raises(AssertionError):
         check_features_are_the_target_s(module, learned, params(method), method)
 
@@ -269,9 +292,7 @@ def test_it_is_a_drafter(learned, params, method, temperature):
     ],
 )
 def test_planted_bugs_in_drawing(learned, params, method, patch):
-    module = mutant(
-        f"jaxspec_models.drafters.{method}", patch, within="jaxspec_models.drafters.parts"
-    )
+    module = mutant(f"jaxspec_models.drafters.{method}", patch, within=DRAWING)
     drafter = trained.drafter(learned, params(method), method, module=module)
     with pytest.raises(AssertionError):
         check_it_is_a_drafter(drafter, 1.0)
@@ -346,7 +367,7 @@ def test_least_squares():
     rng = np.random.default_rng(0)
     matrix, inputs = rng.normal(size=(3, 5)), rng.normal(size=(400, 5))
     noise = 0.01 * rng.normal(size=(400, 3))
-    found = parts.least_squares(jnp.asarray(inputs), jnp.asarray(inputs @ matrix.T + noise))
+    found = learning.least_squares(jnp.asarray(inputs), jnp.asarray(inputs @ matrix.T + noise))
     np.testing.assert_allclose(found, matrix, atol=0.01)
 
 

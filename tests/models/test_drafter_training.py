@@ -16,7 +16,7 @@ from flax import nnx
 from support import trained
 
 from jaxspec_models import drafter_training
-from jaxspec_models.drafters import block, parts
+from jaxspec_models.drafters import block, learning
 
 K, SHAPE, SETTINGS = trained.K, trained.SHAPES["block"], trained.SETTINGS
 
@@ -55,8 +55,8 @@ def test_the_calibration_error_is_that_of_the_last_weights(learned, whole):
     for part in learned.texts["block"].evaluation():
         part = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:]), part)
         logits, confidence = jax.jit(lambda x: block.forward(model, x, learned.frozen))(part)
-        slots, exists = parts.slots_of(part, K)
-        log_p = parts.target_laws(part, learned.frozen)
+        slots, exists = learning.slots_of(part, K)
+        log_p = learning.target_laws(part, learned.frozen)
         p = np.exp(np.asarray(log_p))[np.arange(len(slots))[:, None, None], slots]
         q = np.asarray(jax.nn.softmax(logits))
         accepted.append(np.minimum(p, q).sum(-1)[exists])
@@ -146,7 +146,7 @@ def test_nothing_held_out_is_learned(learned):
 def test_answer_tokens_only_are_learned(learned):
     texts = learned.texts["block"]
     part = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), texts.step(0))
-    slots, exists = parts.slots_of(part, K)
+    slots, exists = learning.slots_of(part, K)
     for row in range(len(part.tokens)):
         length = int(np.max(np.nonzero(part.tokens[row])[0], initial=-1)) + 1
         assert part.length[row] == length
@@ -165,19 +165,21 @@ def laws(seed, *shape):
 
 def test_the_objective_is_a_weighted_sum():
     log_q, log_p = laws(0, 1, 1, 2, 5), laws(1, 1, 1, 2, 5)
-    judged = parts.judge(log_q, log_p, jnp.zeros((1, 1, 2), jnp.int32))
-    objective = parts.Objective(cross_entropy=0.5, total_variation=2.0)
+    judged = learning.judge(log_q, log_p, jnp.zeros((1, 1, 2), jnp.int32))
+    objective = learning.Objective(cross_entropy=0.5, total_variation=2.0)
     p, q = (np.exp(np.asarray(x, np.float64))[0, 0] for x in (log_p, log_q))
     accepted = np.minimum(p, q).sum(-1)
     np.testing.assert_allclose(judged.accepted[0, 0], accepted, rtol=1e-5)
     each = 0.5 * -np.sum(p * np.log(q), -1) + 2.0 * (1 - accepted)
     for weights in ([1, 0], [1, 0.25], [0, 0.25]):
-        found = parts.totals(objective, log_q, log_p, judged, jnp.asarray([[weights]], jnp.float32))
+        found = learning.totals(
+            objective, log_q, log_p, judged, jnp.asarray([[weights]], jnp.float32)
+        )
         np.testing.assert_allclose(found.loss, np.dot(weights, each), rtol=1e-5)
         np.testing.assert_allclose(found.weight, np.sum(weights))
     broken = log_q.at[0, 0, 1].set(jnp.nan)
-    found = parts.totals(
-        objective, broken, log_p, parts.judge(broken, log_p, jnp.zeros((1, 1, 2), jnp.int32)),
+    found = learning.totals(
+        objective, broken, log_p, learning.judge(broken, log_p, jnp.zeros((1, 1, 2), jnp.int32)),
         jnp.asarray([[[1.0, 0.0]]]),
     )  # fmt: skip
     np.testing.assert_allclose(found.loss, each[0], rtol=1e-5)  # nothing of what is not learned
@@ -185,7 +187,7 @@ def test_the_objective_is_a_weighted_sum():
 
 def part_of(temperatures, **changes):
     batch = len(temperatures)
-    empty = parts.Part(*(jnp.zeros((batch, 1)) for _ in parts.Part._fields))
+    empty = learning.Part(*(jnp.zeros((batch, 1)) for _ in learning.Part._fields))
     return empty._replace(temperature=jnp.asarray(temperatures, jnp.float32), **changes)
 
 
@@ -197,8 +199,8 @@ def test_tokens_a_step_of_sampled_texts_are_exact_on_average():
     for x in range(3):
         for y in range(3):
             chosen = jnp.asarray([x, y])
-            judged = jax.tree.map(lambda v: v[None, None], parts.judge(log_q, log_p, chosen))
-            found = parts.metrics(part_of([1.0]), judged, jnp.ones((1, 1, 2), bool))
+            judged = jax.tree.map(lambda v: v[None, None], learning.judge(log_q, log_p, chosen))
+            found = learning.metrics(part_of([1.0]), judged, jnp.ones((1, 1, 2), bool))
             value, weight = found["tokens_per_step_sampled"]
             assert weight == 1
             assert found["tokens_per_step_greedy"][1] == 0
@@ -212,8 +214,8 @@ def test_metrics_by_hand():
     is_same = jnp.asarray([[[1, 1, 0], [0, 1, 1]], [[1, 1, 1], [1, 0, 1]]], bool)
     exists = jnp.asarray([[[1, 1, 1], [1, 1, 1]], [[1, 1, 1], [1, 1, 0]]], bool)
     half = jnp.full((2, 2, 3), 0.5)
-    found = parts.metrics(
-        part_of([0.0, 0.0]), parts.Judged(half, is_same, half), exists,
+    found = learning.metrics(
+        part_of([0.0, 0.0]), learning.Judged(half, is_same, half), exists,
         predicted=jnp.full((2, 2, 3), 10.0),
     )  # fmt: skip
     assert [float(x) for x in found["tokens_per_step_greedy"]] == [3 + 1 + 4, 3]
@@ -224,7 +226,7 @@ def test_metrics_by_hand():
     np.testing.assert_allclose(found["predicted"][0], [0] * 9 + [11], rtol=1e-3)
     # A token that cannot be drafted: never accepted, and where p leaves more than its best, wrong.
     log_p = jnp.log(jnp.asarray([0.3, 0.1]))
-    judged = parts.judge(jnp.log(jnp.asarray([0.9, 0.1])), log_p, jnp.int32(2))
+    judged = learning.judge(jnp.log(jnp.asarray([0.9, 0.1])), log_p, jnp.int32(2))
     assert not judged.is_same
     assert float(judged.ratio) == 0
 

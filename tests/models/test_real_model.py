@@ -18,7 +18,7 @@ import jaxspec
 import jaxspec_models
 from jaxspec import drafters, status
 from jaxspec_models import drafter_making, loading
-from jaxspec_models.drafters import directory, eagle3
+from jaxspec_models.drafters import directory, eagle3, methods
 
 pytestmark = pytest.mark.real_model
 
@@ -312,7 +312,7 @@ def test_a_shipped_drafter_comes_with_its_model(greedy, prompts, tmp_path, monke
     target = load("float32")
     shape = drafter_making.shape(target, "eagle3", num_draft_tokens=3, draft_vocab_size=512)
     _, weights = nnx.split(eagle3.EagleModel(shape, rngs=nnx.Rngs(0)))
-    shape, weights = eagle3.quantize(shape, nnx.to_pure_dict(weights))
+    shape, weights = methods.quantize(shape, nnx.to_pure_dict(weights))
     directory.save_drafter(
         tmp_path / "smollm2-135m", target, shape, weights, np.arange(512), target_name="it"
     )

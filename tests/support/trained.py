@@ -9,7 +9,7 @@ import numpy as np
 
 import jaxspec
 from jaxspec_models import answers, drafter_training, features, llama
-from jaxspec_models.drafters import methods, parts
+from jaxspec_models.drafters import learning, methods, parts
 
 V, K = 32, 3
 CONFIG = llama.LlamaConfig(
@@ -56,7 +56,7 @@ class Learned(NamedTuple):
 
     texts: dict[str, drafter_training.Texts]
     ids: np.ndarray
-    frozen: parts.Frozen
+    frozen: learning.Frozen
 
 
 def write(root) -> Learned:
@@ -77,7 +77,7 @@ def write(root) -> Learned:
     ids = parts.draft_vocabulary(
         [a.tokens[a.prompt_length :] for a in found], 24, vocab_size=V, always=(3,)
     )
-    return Learned(texts, ids, parts.frozen_part(TARGET, SHAPES["block"], jnp.asarray(ids)))
+    return Learned(texts, ids, learning.frozen_part(TARGET, SHAPES["block"], jnp.asarray(ids)))
 
 
 def first_params(learned: Learned, method: str) -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 import jax
@@ -23,11 +22,9 @@ from flax import nnx
 from jax import lax
 
 import jaxspec
-from jaxspec import pytree
 from jaxspec.training import steps
-from jaxspec.types import Context, Draft, Outcome, Signals
 from jaxspec_models import layers, llama
-from jaxspec_models.drafters import parts, reading
+from jaxspec_models.drafters import drafting, learning, parts, reading
 
 Array: TypeAlias = jax.Array
 
@@ -90,6 +87,29 @@ class BlockModel(reading.Reader):
         inputs = jnp.concatenate([h, known], axis=-1)
         return jnp.sum(inputs * weight[:-1].reshape((1,) * (h.ndim - 1) + (-1,)), -1) + weight[-1]
 
+    def draft_from(
+        self,
+        own: reading.ReaderDrafter,
+        state: reading.ReaderState,
+        pending: Array,
+        start: Array,
+        count: int,
+    ) -> tuple[drafting.NextStep, tuple[layers.KVCache]]:
+        """One forward over the block, then the tokens from left to right."""
+        x = self.block(own.embed(pending), state.last, count)
+        x, cache = reading.forward(self, state.cache, x, start)
+        h = self.norm(x)
+        logits = parts.logits(own.head, h)
+
+        def next_step(slot: Array, before: Array, carry: Any) -> tuple[drafting.Step, Any]:
+            known, bias = self.bias(own.positions[before])
+            h_slot = lax.dynamic_index_in_dim(h, slot, 1, keepdims=False)
+            at_slot = lax.dynamic_index_in_dim(logits, slot, 1, keepdims=False) + bias
+            acceptance = jax.nn.sigmoid(self.predicted(h_slot, known))
+            return drafting.Step(at_slot, h_slot, acceptance), carry
+
+        return next_step, (cache,)
+
 
 abstract = functools.partial(parts.abstract, BlockModel)
 
@@ -99,7 +119,7 @@ abstract = functools.partial(parts.abstract, BlockModel)
 
 
 def init_params(
-    config: BlockConfig, target: jaxspec.LanguageModel, sample: parts.Part, seed: int
+    config: BlockConfig, target: jaxspec.LanguageModel, sample: learning.Part, seed: int
 ) -> Any:
     """See `reading.init_params`; at first the bias is weak."""
     params = reading.init_params(BlockModel, config, target, sample, seed)
@@ -107,7 +127,7 @@ def init_params(
     return params
 
 
-def forward(model: BlockModel, part: parts.Part, frozen: parts.Frozen) -> tuple[Array, Array]:
+def forward(model: BlockModel, part: learning.Part, frozen: learning.Frozen) -> tuple[Array, Array]:
     """All blocks of the texts at once, teacher-forced.
 
     Args:
@@ -142,139 +162,34 @@ def forward(model: BlockModel, part: parts.Part, frozen: parts.Frozen) -> tuple[
         mixed = reading.attend(q, text, i, (k, v), jnp.tril(jnp.ones((count, count), bool)))
         x = layer.finish(x, flat(mixed))
     h = blocks(model.norm(x))
-    slots, _ = parts.slots_of(part, count)
+    slots, _ = learning.slots_of(part, count)
     known, bias = model.bias(frozen.positions[part.tokens[rows[:, :, None], slots]])
-    logits = parts.products(h, frozen, model.fuse) + bias
+    logits = learning.products(h, frozen, model.fuse) + bias
     return logits, model.predicted(lax.stop_gradient(h), lax.stop_gradient(known))
 
 
 def loss(
-    graphdef: Any,
-    params: Any,
-    part: parts.Part,
-    frozen: parts.Frozen,
+    model: BlockModel,
+    part: learning.Part,
+    frozen: learning.Frozen,
     *,
-    objective: parts.Objective,
+    objective: learning.Objective,
 ) -> steps.Totals:
-    """See `parts.of_blocks`.
+    """See `learning.of_blocks`.
 
     Args:
-      graphdef: of the model.
-      params: what is trained.
+      model: what is trained.
       part: texts.
       frozen: the target's.
       objective: what is minimised.
     """
-    model = nnx.merge(graphdef, nnx.State(params))
     logits, predicted = forward(model, part, frozen)
     log_q = jax.nn.log_softmax(logits, axis=-1)
-    return parts.of_blocks(objective, part, frozen, log_q, predicted)
-
-
-def quantize(config: BlockConfig, params: Any) -> tuple[BlockConfig, Any]:
-    """The drafter with products in int8, one scale an output channel.
-
-    Args:
-      config: the shape, in float32.
-      params: trained weights.
-
-    Returns:
-      The new shape and weights.
-    """
-    quantized = dataclasses.replace(config, quantization="int8")
-    return quantized, parts.in_int8(abstract(quantized)[1], params)
+    return learning.of_blocks(objective, part, frozen, log_q, predicted)
 
 
 # ---------------------------------------------------------------------------------------------
 # Drafting.
-
-
-@pytree.dataclass
-class BlockDrafter:
-    """See `drafter`."""
-
-    params: Any
-    embeddings: Any  # the target's table, as `layers.Embedding` holds it
-    head: Any  # see `parts.head_of`
-    draft_ids: Array
-    positions: Array
-    stop_below: Array
-    config: BlockConfig = pytree.static()
-
-    @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        """The layers it taps."""
-        return self.config.tapped_layers
-
-    @property
-    def vocab_size(self) -> int:
-        """V of the target."""
-        return self.config.target.vocab_size
-
-    def _model(self) -> BlockModel:
-        graphdef, _ = abstract(self.config)
-        return nnx.merge(graphdef, nnx.State(self.params))
-
-    def _embed(self, tokens: Array) -> Array:
-        return parts.embed(self.config.target, self.embeddings, tokens)
-
-    def init(self, batch: int, capacity: int) -> reading.ReaderState:
-        """An empty cache of its own layers."""
-        return reading.init(self.config, batch, capacity)
-
-    def prefill(
-        self,
-        state: reading.ReaderState,
-        tokens: Array,
-        hidden: tuple[Array, ...],
-        start: Array,
-        num_new: Array,
-    ) -> reading.ReaderState:
-        """Takes in the features of one chunk of the prompts."""
-        del tokens
-        return reading.take_in(self._model(), state, hidden, start, num_new)
-
-    def commit(self, state: reading.ReaderState, outcome: Outcome) -> reading.ReaderState:
-        """Takes in the features of the verified tokens; those of rejected ones are overwritten."""
-        model, hidden = self._model(), outcome.hidden
-        return reading.take_in(model, state, hidden, outcome.start, outcome.num_emitted)
-
-    def propose(
-        self,
-        keys: Array,
-        state: reading.ReaderState,
-        context: Context,
-        num_draft: Array,
-        keep_drafting: Callable[[Signals], Array],
-    ) -> tuple[Draft, reading.ReaderState]:
-        """One forward over the block, then the tokens from left to right."""
-        batch, num_slots = keys.shape
-        parts.check_num_draft_tokens(num_slots, self.config)
-        model, start = self._model(), context.lengths - 1
-        pending = self._embed(context.tokens[jnp.arange(batch), start])
-        x = model.block(pending, state.last, num_slots)
-        x, cache = reading.forward(model, state.cache, x, start)
-        h = model.norm(x)
-        logits = parts.logits(self.head, h)
-
-        def next_step(slot: Array, before: Array, none: None) -> tuple[parts.Step, None]:
-            known, bias = model.bias(self.positions[before])
-            h_slot = lax.dynamic_index_in_dim(h, slot, 1, keepdims=False)
-            at_slot = lax.dynamic_index_in_dim(logits, slot, 1, keepdims=False) + bias
-            return parts.Step(at_slot, h_slot, jax.nn.sigmoid(model.predicted(h_slot, known))), none
-
-        draft, _ = parts.draft_tokens(
-            next_step,
-            None,
-            keys,
-            context,
-            num_draft,
-            keep_drafting,
-            draft_ids=self.draft_ids,
-            vocab_size=self.vocab_size,
-            stop_below=self.stop_below,
-        )
-        return draft, state._replace(cache=cache)
 
 
 def drafter(
@@ -284,7 +199,7 @@ def drafter(
     draft_ids: Any,
     *,
     stop_below: Any = 0.0,
-) -> BlockDrafter:
+) -> reading.ReaderDrafter:
     """The drafter of trained weights.
 
     Args:
@@ -301,13 +216,4 @@ def drafter(
     References:
       DFlash; Cheng et al., DSpark, arXiv 2607.05147.
     """
-    draft_ids = jnp.asarray(draft_ids, jnp.int32)
-    return BlockDrafter(
-        params=params,
-        embeddings=target.params["embed"],
-        head=parts.head_of(target, config.target, draft_ids),
-        draft_ids=draft_ids,
-        positions=parts.positions_in(draft_ids, config.target.vocab_size),
-        stop_below=jnp.asarray(stop_below, jnp.float32),
-        config=config,
-    )
+    return reading.drafter(BlockModel, target, config, params, draft_ids, stop_below)

@@ -15,19 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 import jaxspec
-from jaxspec import pytree
 from jaxspec.training import steps
-from jaxspec.types import Context, Draft, Outcome, Signals
 from jaxspec_models import layers, llama
-from jaxspec_models.drafters import parts, reading
+from jaxspec_models.drafters import drafting, learning, parts, reading
 
 Array: TypeAlias = jax.Array
 
@@ -42,6 +38,28 @@ class EagleConfig(parts.DrafterConfig):
 class EagleModel(reading.Reader):
     """The trained part of the drafter."""
 
+    def draft_from(
+        self,
+        own: reading.ReaderDrafter,
+        state: reading.ReaderState,
+        pending: Array,
+        start: Array,
+        count: int,
+    ) -> tuple[drafting.NextStep, tuple[layers.KVCache, Array]]:
+        """Cell by cell, each on what the one before has made."""
+        del count
+        certain = jnp.ones(pending.shape, jnp.float32)
+
+        def next_step(slot: Array, token: Array, carry: Any) -> tuple[drafting.Step, Any]:
+            cache, last = carry
+            x = self.guess(own.embed(token), last)[:, None]
+            x, cache = reading.forward(self, cache, x, start + slot)
+            h = self.norm(x)
+            logits = parts.logits(own.head, h)
+            return drafting.Step(logits[:, 0], h[:, 0], certain), (cache, x[:, 0])
+
+        return next_step, (state.cache, state.last)
+
 
 abstract = functools.partial(parts.abstract, EagleModel)
 
@@ -51,16 +69,16 @@ abstract = functools.partial(parts.abstract, EagleModel)
 
 
 def init_params(
-    config: EagleConfig, target: jaxspec.LanguageModel, sample: parts.Part, seed: int
+    config: EagleConfig, target: jaxspec.LanguageModel, sample: learning.Part, seed: int
 ) -> Any:
     """See `reading.init_params`."""
     return reading.init_params(EagleModel, config, target, sample, seed)
 
 
-def forward(model: EagleModel, part: parts.Part, frozen: parts.Frozen) -> Array:
+def forward(model: EagleModel, part: learning.Part, frozen: learning.Frozen) -> Array:
     """All blocks of the texts, unrolled over their own features: logits f32[B, M, K, W]."""
     text = reading.text_of(model, part)
-    slots, _ = parts.slots_of(part, model.config.num_draft_tokens)
+    slots, _ = learning.slots_of(part, model.config.num_draft_tokens)
     rows = jnp.arange(part.tokens.shape[0])[:, None]
     last = text.context[rows, text.anchors - 1]
     own: list[list[reading.KeysValues]] = [[] for _ in model.layers]
@@ -76,132 +94,32 @@ def forward(model: EagleModel, part: parts.Part, frozen: parts.Frozen) -> Array:
             sees = jnp.ones((1, step + 1), bool)
             mixed = reading.attend(q, text, i, (keys, values), sees)
             x = layer.finish(x, mixed[:, :, 0])
-        found.append(parts.products(model.norm(x), frozen, model.fuse))
+        found.append(learning.products(model.norm(x), frozen, model.fuse))
         last = x
     return jnp.stack(found, axis=2)
 
 
 def loss(
-    graphdef: Any,
-    params: Any,
-    part: parts.Part,
-    frozen: parts.Frozen,
+    model: EagleModel,
+    part: learning.Part,
+    frozen: learning.Frozen,
     *,
-    objective: parts.Objective,
+    objective: learning.Objective,
 ) -> steps.Totals:
-    """See `parts.of_blocks`; no loss on features.
+    """See `learning.of_blocks`; no loss on features.
 
     Args:
-      graphdef: of the model.
-      params: what is trained.
+      model: what is trained.
       part: texts.
       frozen: the target's.
       objective: what is minimised.
     """
-    model = nnx.merge(graphdef, nnx.State(params))
     log_q = jax.nn.log_softmax(forward(model, part, frozen), axis=-1)
-    return parts.of_blocks(objective, part, frozen, log_q)
-
-
-def quantize(config: EagleConfig, params: Any) -> tuple[EagleConfig, Any]:
-    """The drafter with products in int8, one scale an output channel.
-
-    Args:
-      config: the shape, in float32.
-      params: trained weights.
-
-    Returns:
-      The new shape and weights.
-    """
-    quantized = dataclasses.replace(config, quantization="int8")
-    return quantized, parts.in_int8(abstract(quantized)[1], params)
+    return learning.of_blocks(objective, part, frozen, log_q)
 
 
 # ---------------------------------------------------------------------------------------------
 # Drafting.
-
-
-@pytree.dataclass
-class EagleDrafter:
-    """See `drafter`."""
-
-    params: Any
-    embeddings: Any  # the target's table, as `layers.Embedding` holds it
-    head: Any  # see `parts.head_of`
-    draft_ids: Array
-    config: EagleConfig = pytree.static()
-
-    @property
-    def hidden_layers(self) -> tuple[int, ...]:
-        """The layers it taps."""
-        return self.config.tapped_layers
-
-    @property
-    def vocab_size(self) -> int:
-        """V of the target."""
-        return self.config.target.vocab_size
-
-    def _model(self) -> EagleModel:
-        graphdef, _ = abstract(self.config)
-        return nnx.merge(graphdef, nnx.State(self.params))
-
-    def init(self, batch: int, capacity: int) -> reading.ReaderState:
-        """An empty cache of its own layers."""
-        return reading.init(self.config, batch, capacity)
-
-    def prefill(
-        self,
-        state: reading.ReaderState,
-        tokens: Array,
-        hidden: tuple[Array, ...],
-        start: Array,
-        num_new: Array,
-    ) -> reading.ReaderState:
-        """Takes in the features of one chunk of the prompts."""
-        del tokens
-        return reading.take_in(self._model(), state, hidden, start, num_new)
-
-    def commit(self, state: reading.ReaderState, outcome: Outcome) -> reading.ReaderState:
-        """The target's features take the place of what stood for them."""
-        model, hidden = self._model(), outcome.hidden
-        return reading.take_in(model, state, hidden, outcome.start, outcome.num_emitted)
-
-    def propose(
-        self,
-        keys: Array,
-        state: reading.ReaderState,
-        context: Context,
-        num_draft: Array,
-        keep_drafting: Callable[[Signals], Array],
-    ) -> tuple[Draft, reading.ReaderState]:
-        """Cell by cell, each on what the one before has made."""
-        batch, num_slots = keys.shape
-        parts.check_num_draft_tokens(num_slots, self.config)
-        model, start = self._model(), context.lengths - 1
-        certain = jnp.ones((batch,), jnp.float32)
-
-        def next_step(
-            slot: Array, token: Array, carry: tuple[layers.KVCache, Array]
-        ) -> tuple[parts.Step, tuple[layers.KVCache, Array]]:
-            cache, last = carry
-            embedded = parts.embed(self.config.target, self.embeddings, token)
-            x = model.guess(embedded, last)[:, None]
-            x, cache = reading.forward(model, cache, x, start + slot)
-            h = model.norm(x)
-            return parts.Step(parts.logits(self.head, h)[:, 0], h[:, 0], certain), (cache, x[:, 0])
-
-        draft, (cache, _) = parts.draft_tokens(
-            next_step,
-            (state.cache, state.last),
-            keys,
-            context,
-            num_draft,
-            keep_drafting,
-            draft_ids=self.draft_ids,
-            vocab_size=self.vocab_size,
-            stop_below=jnp.zeros((), jnp.float32),
-        )
-        return draft, state._replace(cache=cache)
 
 
 def drafter(
@@ -211,7 +129,7 @@ def drafter(
     draft_ids: Any,
     *,
     stop_below: Any = 0.0,
-) -> EagleDrafter:
+) -> reading.ReaderDrafter:
     """The drafter of trained weights.
 
     Args:
@@ -229,11 +147,4 @@ def drafter(
     """
     if stop_below != 0:
         raise ValueError("EAGLE-3 predicts no acceptance: stop_below must be 0.")
-    draft_ids = jnp.asarray(draft_ids, jnp.int32)
-    return EagleDrafter(
-        params=params,
-        embeddings=target.params["embed"],
-        head=parts.head_of(target, config.target, draft_ids),
-        draft_ids=draft_ids,
-        config=config,
-    )
+    return reading.drafter(EagleModel, target, config, params, draft_ids, stop_below)

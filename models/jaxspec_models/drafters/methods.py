@@ -4,8 +4,7 @@ A method is one file: its shape (a `parts.DrafterConfig`), its Flax module, and
 
 - `abstract(config)`: graph definition and shapes of its weights;
 - `init_params(config, target, sample, seed)`: weights before training, float32; `sample` are texts;
-- `loss(graphdef, params, part, frozen, *, objective)`: `jaxspec.training.steps.Totals` of texts;
-- `quantize(config, params)`: shape and weights in int8;
+- `loss(model, part, frozen, *, objective)`: `jaxspec.training.steps.Totals` of texts;
 - `drafter(target, config, params, draft_ids, *, stop_below)`: what `jaxspec.generate` takes.
 
 To add one, write the file and name it here.
@@ -13,8 +12,9 @@ To add one, write the file and name it here.
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxspec_models.drafters import block, eagle3, parts, student
 
@@ -54,3 +54,18 @@ def of(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def quantize(config: parts.DrafterConfig, params: Any) -> tuple[parts.DrafterConfig, Any]:
+    """A drafter with products in int8, one scale an output channel.
+
+    Args:
+      config: the shape, in float32.
+      params: trained weights.
+
+    Returns:
+      The new shape and weights.
+    """
+    quantized = dataclasses.replace(config, quantization="int8")
+    _, wanted = of(config.method).module.abstract(quantized)
+    return quantized, parts.in_int8(wanted, params)

@@ -18,8 +18,10 @@ import numpy as np
 from flax import nnx
 
 import jaxspec
+from jaxspec import pytree
+from jaxspec.types import Context, Draft, Outcome, Signals
 from jaxspec_models import layers, llama
-from jaxspec_models.drafters import parts
+from jaxspec_models.drafters import drafting, learning, parts
 
 Array: TypeAlias = jax.Array
 KeysValues: TypeAlias = tuple[Array, Array]  # f32[B, T, KV, D'] each
@@ -104,12 +106,30 @@ class Reader(nnx.Module):
         """
         return self.begin(jnp.concatenate([self.token_norm(token), self.last_norm(last)], axis=-1))
 
+    def draft_from(
+        self, own: ReaderDrafter, state: ReaderState, pending: Array, start: Array, count: int
+    ) -> tuple[drafting.NextStep, tuple[Any, ...]]:
+        """How a round is drafted; each method's own.
+
+        Args:
+          own: the drafter, for what it shares with the target.
+          state: before the round.
+          pending: i32[B], the tokens to draft behind.
+          start: i32[B], their slots.
+          count: drafts at most.
+
+        Returns:
+          What `drafting.draft_tokens` calls for each draft, and what is handed from one to the
+          next: the cache first.
+        """
+        raise NotImplementedError
+
 
 def init_params(
     model: Callable[..., Reader],
     config: parts.DrafterConfig,
     target: jaxspec.LanguageModel,
-    sample: parts.Part,
+    sample: learning.Part,
     seed: int,
 ) -> Any:
     """Weights before training: the target's last layers, on a guess of what they would read.
@@ -164,7 +184,7 @@ def init_params(
     wanted = jnp.asarray(sample.hidden[:, 1:, -1]).astype(jnp.float32)
     # The target may never have been fed a text's last token.
     exists = np.arange(2, sample.tokens.shape[1] + 1)[None] < np.asarray(sample.length)[:, None]
-    params["begin"]["weight"] = parts.least_squares(known[exists], wanted[exists])
+    params["begin"]["weight"] = learning.least_squares(known[exists], wanted[exists])
     return params
 
 
@@ -184,7 +204,7 @@ class Text(NamedTuple):
     anchors: Array
 
 
-def text_of(model: Reader, part: parts.Part) -> Text:
+def text_of(model: Reader, part: learning.Part) -> Text:
     """Reads texts as a whole."""
     batch, width = part.tokens.shape
     at = jnp.broadcast_to(jnp.arange(width)[None], (batch, width))
@@ -324,3 +344,120 @@ def write(
     k, v = layers.storable(k, v, jnp.dtype(shape.dtype))
     keys = layers.write_slots(keys, k.transpose(0, 2, 3, 1), start, axis=3)
     return keys, layers.write_slots(values, v.swapaxes(1, 2), start, axis=2)
+
+
+@pytree.dataclass
+class ReaderDrafter:
+    """A drafter for `jaxspec.generate` that reads the target's features.
+
+    Attributes:
+      params: the trained weights.
+      embeddings: the target's table, as `layers.Embedding` holds it.
+      head: see `parts.head_of`.
+      draft_ids: i32[W].
+      positions: see `parts.positions_in`.
+      stop_below: see `drafting.draft_tokens`.
+      config: the shape.
+      model_type: the method's module.
+    """
+
+    params: Any
+    embeddings: Any
+    head: Any
+    draft_ids: Array
+    positions: Array
+    stop_below: Array
+    config: parts.DrafterConfig = pytree.static()
+    model_type: type[Reader] = pytree.static()
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The layers it taps."""
+        return self.config.tapped_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the target."""
+        return self.config.target.vocab_size
+
+    def model(self) -> Any:
+        """The trained part with its weights."""
+        graphdef, _ = parts.abstract(self.model_type, self.config)
+        return nnx.merge(graphdef, nnx.State(self.params))
+
+    def embed(self, tokens: Array) -> Array:
+        """The target's embeddings, i32[...] -> f32[..., D]."""
+        return parts.embed(self.config.target, self.embeddings, tokens)
+
+    def init(self, batch: int, capacity: int) -> ReaderState:
+        """An empty cache of its own layers."""
+        return init(self.config, batch, capacity)
+
+    def prefill(
+        self,
+        state: ReaderState,
+        tokens: Array,
+        hidden: tuple[Array, ...],
+        start: Array,
+        num_new: Array,
+    ) -> ReaderState:
+        """Takes in the features of one chunk of the prompts."""
+        del tokens
+        return take_in(self.model(), state, hidden, start, num_new)
+
+    def commit(self, state: ReaderState, outcome: Outcome) -> ReaderState:
+        """Takes in the features of the verified tokens, in the place of what was guessed.
+
+        Those of rejected drafts stand behind them and are overwritten.
+        """
+        model, hidden = self.model(), outcome.hidden
+        return take_in(model, state, hidden, outcome.start, outcome.num_emitted)
+
+    def propose(
+        self,
+        keys: Array,
+        state: ReaderState,
+        context: Context,
+        num_draft: Array,
+        keep_drafting: Callable[[Signals], Array],
+    ) -> tuple[Draft, ReaderState]:
+        """Drafts as the method does."""
+        batch, count = keys.shape
+        drafting.check_num_draft_tokens(count, self.config)
+        start = context.lengths - 1
+        pending = context.tokens[jnp.arange(batch), start]
+        next_step, carry = self.model().draft_from(self, state, pending, start, count)
+        draft, (cache, *_) = drafting.draft_tokens(
+            next_step,
+            carry,
+            keys,
+            context,
+            num_draft,
+            keep_drafting,
+            draft_ids=self.draft_ids,
+            vocab_size=self.vocab_size,
+            stop_below=self.stop_below,
+        )
+        return draft, state._replace(cache=cache)
+
+
+def drafter(
+    model_type: type[Reader],
+    target: jaxspec.LanguageModel,
+    config: parts.DrafterConfig,
+    params: Any,
+    draft_ids: Any,
+    stop_below: Any,
+) -> ReaderDrafter:
+    """The drafter of trained weights; see the methods' own."""
+    draft_ids = jnp.asarray(draft_ids, jnp.int32)
+    return ReaderDrafter(
+        params=params,
+        embeddings=target.params["embed"],
+        head=parts.head_of(target, config.target, draft_ids),
+        draft_ids=draft_ids,
+        positions=parts.positions_in(draft_ids, config.target.vocab_size),
+        stop_below=jnp.asarray(stop_below, jnp.float32),
+        config=config,
+        model_type=model_type,
+    )

@@ -20,7 +20,7 @@ import jaxspec
 from jaxspec.drafters.model import ModelDrafter
 from jaxspec.training import steps
 from jaxspec_models import layers, llama
-from jaxspec_models.drafters import parts
+from jaxspec_models.drafters import learning, parts
 
 Array: TypeAlias = jax.Array
 
@@ -63,7 +63,7 @@ abstract = functools.partial(parts.abstract, StudentModel)
 
 
 def init_params(
-    config: StudentConfig, target: jaxspec.LanguageModel, sample: parts.Part, seed: int
+    config: StudentConfig, target: jaxspec.LanguageModel, sample: learning.Part, seed: int
 ) -> Any:
     """The target's layers, and its last norm.
 
@@ -87,11 +87,13 @@ def init_params(
             f"a student of {count} layers takes {count} of the target's, numbered 0 to "
             f"{depth - 1}; got {list(sources)}."
         )
-    if config.intermediate_size != config.target.intermediate_size or config.target.mlp_bias:
+    if config.intermediate_size != config.target.intermediate_size:
         raise ValueError(
             "a student begins with its target's layers: intermediate_size must be "
-            f"{config.target.intermediate_size}, without biases."
+            f"{config.target.intermediate_size}, got {config.intermediate_size}."
         )
+    if config.target.mlp_bias or config.target.attention_bias:
+        raise ValueError("a student has no biases, and its target's layers have; try eagle3.")
     return {
         "layers": {i: parts.in_float32(target.params["layers"][j]) for i, j in enumerate(sources)},
         "norm": parts.in_float32(target.params["norm"]),
@@ -110,7 +112,28 @@ def evenly(depth: int, count: int) -> tuple[int, ...]:
     return tuple(round(i * (depth - 1) / (count - 1) - 1e-9) for i in range(count))
 
 
-def forward(model: StudentModel, part: parts.Part, frozen: parts.Frozen) -> Array:
+def attend(q: Array, keys: Array, values: Array, sees: Array) -> Array:
+    """Grouped-query attention in training: dense, differentiable.
+
+    Args:
+      q: f32[..., Q, H, D'], rotated.
+      keys: f32[..., S, KV, D'].
+      values: f32[..., S, KV, D'].
+      sees: bool[..., Q, S]; every query sees something.
+
+    Returns:
+      f32[..., Q, H · D'].
+    """
+    *lead, num_queries, heads, dim = q.shape
+    kv_heads = keys.shape[-2]
+    q = (q * dim**-0.5).reshape(*lead, num_queries, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("...qhgd,...shd->...hgqs", q, keys)
+    scores = jnp.where(sees[..., None, None, :, :], scores, -jnp.inf)
+    out = jnp.einsum("...hgqs,...shd->...qhgd", jax.nn.softmax(scores, axis=-1), values)
+    return out.reshape(*lead, num_queries, heads * dim)
+
+
+def forward(model: StudentModel, part: learning.Part, frozen: learning.Frozen) -> Array:
     """Logits behind each token of the texts, f32[B, T, W]."""
     shape = model.config.layer
     batch, width = part.tokens.shape
@@ -124,53 +147,36 @@ def forward(model: StudentModel, part: parts.Part, frozen: parts.Frozen) -> Arra
         qkv = qkv.reshape(batch, width, heads + 2 * kv_heads, shape.head_dim)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = layers.rotate(q, cos, sin), layers.rotate(k, cos, sin)
-        x = x + attention.out(parts.attend(q, k, v, sees))
+        x = x + attention.out(attend(q, k, v, sees))
         x = x + layer.mlp(layer.post_attention_norm(x))
-    return parts.products(model.norm(x), frozen, model.layers[0].mlp.down)
+    return learning.products(model.norm(x), frozen, model.layers[0].mlp.down)
 
 
 def loss(
-    graphdef: Any,
-    params: Any,
-    part: parts.Part,
-    frozen: parts.Frozen,
+    model: StudentModel,
+    part: learning.Part,
+    frozen: learning.Frozen,
     *,
-    objective: parts.Objective,
+    objective: learning.Objective,
 ) -> steps.Totals:
     """Every answer token is learned once; metrics are of the blocks that begin at the anchors.
 
     Args:
-      graphdef: of the model.
-      params: what is trained.
+      model: what is trained.
       part: texts.
       frozen: the target's.
       objective: what is minimised, without a slot decay: no token is nearer than another.
     """
-    model = nnx.merge(graphdef, nnx.State(params))
     log_q = jax.nn.log_softmax(forward(model, part, frozen), axis=-1)
-    log_p = parts.target_laws(part, frozen)
-    judged = parts.judge(log_q, log_p, parts.next_tokens(part, frozen))
+    log_p = learning.target_laws(part, frozen)
+    judged = learning.judge(log_q, log_p, learning.next_tokens(part, frozen))
     at = jnp.arange(part.tokens.shape[1])[None]
     is_learned = (at >= part.first[:, None]) & (at + 1 < part.length[:, None])
-    found = parts.totals(objective, log_q, log_p, judged, is_learned.astype(jnp.float32))
-    slots, exists = parts.slots_of(part, model.config.num_draft_tokens)
+    found = learning.totals(objective, log_q, log_p, judged, is_learned.astype(jnp.float32))
+    slots, exists = learning.slots_of(part, model.config.num_draft_tokens)
     rows = jnp.arange(part.tokens.shape[0])[:, None, None]
     in_blocks = jax.tree.map(lambda x: x[rows, slots], judged)
-    return found._replace(metrics=parts.metrics(part, in_blocks, exists))
-
-
-def quantize(config: StudentConfig, params: Any) -> tuple[StudentConfig, Any]:
-    """The drafter with products in int8, one scale an output channel.
-
-    Args:
-      config: the shape, in float32.
-      params: trained weights.
-
-    Returns:
-      The new shape and weights.
-    """
-    quantized = dataclasses.replace(config, quantization="int8")
-    return quantized, parts.in_int8(abstract(quantized)[1], params)
+    return found._replace(metrics=learning.metrics(part, in_blocks, exists))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -216,23 +222,6 @@ class _Apply:
         return jaxspec.ModelOutput(parts.spread(few, params["draft_ids"], vocab_size)), cache
 
 
-@dataclasses.dataclass(frozen=True)
-class _InitCache:
-    config: StudentConfig
-
-    def __call__(self, batch: int, capacity: int, max_step: int) -> layers.KVCache:
-        del max_step
-        shape = self.config.layer
-        return layers.init_cache(
-            batch,
-            capacity,
-            num_layers=shape.num_hidden_layers,
-            num_kv_heads=shape.num_key_value_heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-        )
-
-
 def drafter(
     target: jaxspec.LanguageModel,
     config: StudentConfig,
@@ -267,7 +256,7 @@ def drafter(
             "draft_ids": draft_ids,
         },
         apply=_Apply(config),
-        init_cache=_InitCache(config),
+        init_cache=llama.InitCache(config.layer),
         vocab_size=config.target.vocab_size,
         max_length=config.target.max_position_embeddings,
         eos_ids=config.target.eos_ids,
