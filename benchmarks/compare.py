@@ -28,7 +28,6 @@ from jaxspec_models import download, gguf_config
 from jaxspec_models.gguf_file import GGUFFile
 from jaxspec_models.text import encode_prompt
 
-MODES = ("plain", "lookup")
 SYSTEMS = ("jaxspec", "transformers", "llama.cpp", "openvino")
 
 
@@ -48,6 +47,7 @@ class System:
         self.log = log
         hello = self._read()
         self.title = hello.get("name", "")
+        self.modes = hello.get("modes", ())
         self.missing = hello.get("missing")
 
     def _read(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def measure(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """All systems and modes on all prompts, and a table of it."""
-    contestants = [(system, mode) for system in systems for mode in MODES]
+    contestants = [(system, mode) for system in systems for mode in system.modes]
 
     def ask(system: System, mode: str, prompt: dict[str, Any], seed: int) -> dict[str, Any]:
         return system.ask(
@@ -261,9 +261,10 @@ def print_table(
             f"{low:.1f} … {high:.1f}{steps}"
         )
     for name in figures:
-        if not name.endswith("lookup"):
+        system, _, mode = name.rpartition(" ")
+        if mode == "plain":
             continue
-        plain = figures[name.replace("lookup", "plain")]
+        plain = figures[f"{system} plain"]
         print(f"{name} over plain, decoding (end to end):")
         for category in categories:
             a, b = figures[name][category], plain[category]

@@ -4,11 +4,12 @@
 
     python benchmarks/systems.py SYSTEM --weights FILE.gguf --threads 2
 
-A request is {"mode": "plain" or "lookup", "ids": [...], "text": "...", "max_new_tokens": 128,
-"temperature": 0.0, "seed": 0, "eos_ids": [...]}. The answer holds the number of new tokens, the
-seconds to the first of them ("prefill"), and how many came in how many seconds after that
-("decode_tokens", "decode"). Each system gets the prompt's ids, or the same text where it takes no
-ids, and is used as its documentation recommends; the constants were chosen on other prompts.
+It says {"name": "...", "modes": ["plain", "lookup", ...]} first, or {"missing": "why"}. A request
+is {"mode": one of these, "ids": [...], "text": "...", "max_new_tokens": 128, "temperature": 0.0,
+"seed": 0, "eos_ids": [...]}. The answer holds the number of new tokens, the seconds to the first of
+them ("prefill"), and how many came in how many seconds after that ("decode_tokens", "decode"). Each
+system gets the prompt's ids, or the same text where it takes no ids, and is used as its
+documentation recommends; the constants were chosen on other prompts.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 Answer = dict[str, Any]
 Run = Callable[[dict[str, Any]], Answer]
+MODES = ("plain", "lookup")
+
+
+class System(NamedTuple):
+    """What answers, how it does, and in which modes it can."""
+
+    title: str
+    run: Run
+    modes: tuple[str, ...] = MODES
 
 
 def write(model: Any, request: dict[str, Any], **options: Any) -> Answer:
@@ -62,8 +72,8 @@ def write(model: Any, request: dict[str, Any], **options: Any) -> Answer:
     }
 
 
-def jaxspec_int8(weights: str, threads: int) -> tuple[str, Run]:
-    """This project: int8 weights, prompt lookup under a guarded goodput policy."""
+def jaxspec_int8(weights: str, threads: int) -> System:
+    """This project: int8 weights, prompt lookup and a trained drafter under a guarded policy."""
     del threads  # XLA takes the cores the process may use
     import jax
 
@@ -73,19 +83,21 @@ def jaxspec_int8(weights: str, threads: int) -> tuple[str, Run]:
     if cache := os.environ.get("JAXSPEC_BENCHMARK_CACHE"):
         jax.config.update("jax_compilation_cache_dir", cache)
     model = jaxspec_models.load_model(weights, quantization="int8")
-    lookup = jaxspec.drafters.prompt_lookup()
-    num_draft_tokens = 10
+    drafters = {"lookup": (jaxspec.drafters.prompt_lookup(), 10)}
+    if (trained := model.default_drafter) is not None:
+        drafters["trained"] = (trained, trained.config.num_draft_tokens)
 
     @functools.cache
     def options(mode: str, temperature: float) -> dict[str, Any]:
         sampling = jaxspec.Sampling(temperature=temperature)
         if mode == "plain":
             return {"drafter": None, "sampling": sampling}
+        drafter, num_draft_tokens = drafters[mode]
         profile = jaxspec.measure_costs(
-            model, lookup, num_draft_tokens=num_draft_tokens, context_length=256, sampling=sampling
+            model, drafter, num_draft_tokens=num_draft_tokens, context_length=256, sampling=sampling
         )
         return {
-            "drafter": lookup,
+            "drafter": drafter,
             "policy": jaxspec.policies.guarded(jaxspec.policies.goodput(profile)),
             "num_draft_tokens": num_draft_tokens,
             "sampling": sampling,
@@ -94,10 +106,11 @@ def jaxspec_int8(weights: str, threads: int) -> tuple[str, Run]:
     def answer(request: dict[str, Any]) -> Answer:
         return write(model, request, **options(request["mode"], request["temperature"] or 0))
 
-    return f"jaxspec {jaxspec.__version__}, jax {jax.__version__}, int8", answer
+    title = f"jaxspec {jaxspec.__version__}, jax {jax.__version__}, int8"
+    return System(title, answer, ("plain", *drafters))
 
 
-def transformers(weights: str, threads: int) -> tuple[str, Run]:
+def transformers(weights: str, threads: int) -> System:
     """HF transformers: bfloat16, eager, with and without prompt lookup."""
     import torch
     import transformers as hf
@@ -153,10 +166,10 @@ def transformers(weights: str, threads: int) -> tuple[str, Run]:
             "ids": new,
         }
 
-    return f"transformers {hf.__version__}, torch {torch.__version__}, bfloat16", answer
+    return System(f"transformers {hf.__version__}, torch {torch.__version__}, bfloat16", answer)
 
 
-def llama_cpp(weights: str, threads: int) -> tuple[str, Run]:
+def llama_cpp(weights: str, threads: int) -> System:
     """llama.cpp through llama-cpp-python: the file's own quantisation."""
     import llama_cpp as lib
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
@@ -201,10 +214,10 @@ def llama_cpp(weights: str, threads: int) -> tuple[str, Run]:
             "ids": new,
         }
 
-    return f"llama-cpp-python {lib.__version__}, the file's quantisation", answer
+    return System(f"llama-cpp-python {lib.__version__}, the file's quantisation", answer)
 
 
-def openvino(weights: str, threads: int) -> tuple[str, Run]:
+def openvino(weights: str, threads: int) -> System:
     """OpenVINO GenAI, from the GGUF file."""
     import openvino_genai as ov
 
@@ -247,10 +260,10 @@ def openvino(weights: str, threads: int) -> tuple[str, Run]:
             "decode_tokens": count - 1,
         }
 
-    return f"openvino-genai {ov.__version__}, from GGUF", answer
+    return System(f"openvino-genai {ov.__version__}, from GGUF", answer)
 
 
-SYSTEMS: dict[str, Callable[[str, int], tuple[str, Run]]] = {
+SYSTEMS: dict[str, Callable[[str, int], System]] = {
     "jaxspec": jaxspec_int8,
     "transformers": transformers,
     "llama.cpp": llama_cpp,
@@ -273,13 +286,13 @@ def main() -> None:
         answers.flush()
 
     try:
-        name, answer = SYSTEMS[args.system](args.weights, args.threads)
+        system = SYSTEMS[args.system](args.weights, args.threads)
     except ImportError as error:
         say({"missing": str(error)})
         return
-    say({"name": name})
+    say({"name": system.title, "modes": system.modes})
     for line in sys.stdin:
-        say(answer(json.loads(line)))
+        say(system.run(json.loads(line)))
 
 
 if __name__ == "__main__":
