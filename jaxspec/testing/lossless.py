@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -27,6 +28,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 _PAD = 1  # a token like any other: none may be taken for padding inside a text
 _MOST_SAMPLES = 200_000
+_MOST_ROWS = 1 << 16  # of a batch: beyond, only the memory grows
 _LOG_PROB_TOLERANCE = 1e-4  # float32 against float64, options included
 
 
@@ -158,25 +160,37 @@ def check_lossless(
             for oracle in oracles
         ]
     )
-    arguments = {
-        "prompt_lengths": lengths[kind],
-        "sampling": per_prompt(sampling, kind, num_kinds),
-        "max_new_tokens": max_new_tokens,
-        "eos_ids": eos_ids,
-        "stop_sequences": stop_sequences,
-        "pad_id": _PAD,
-        "verifier": verifier,
-    }
     key = jax.random.key(0) if key is None else key
-    generation = generate(
-        target,
-        padded[kind],
-        drafter=drafter,
-        policy=policy,
-        num_draft_tokens=num_draft_tokens,
-        key=key,
-        **arguments,
-    )
+
+    def write(key: Any, **options: Any) -> Generation:
+        """All rows, in batches of one size: the same texts as in one, in less memory."""
+        size = -(-len(kind) // -(-len(kind) // _MOST_ROWS))
+        batches = [
+            np.minimum(np.arange(first, first + size), len(kind) - 1)
+            for first in range(0, len(kind), size)
+        ]
+        if len(batches) > 1:  # each row's key as `generate` would make it of one
+            key = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(kind)))
+        written = [
+            generate(
+                target,
+                padded[kind[rows]],
+                prompt_lengths=lengths[kind[rows]],
+                sampling=per_prompt(sampling, kind[rows], num_kinds),
+                max_new_tokens=max_new_tokens,
+                eos_ids=eos_ids,
+                stop_sequences=stop_sequences,
+                pad_id=_PAD,
+                verifier=verifier,
+                key=key if len(batches) == 1 else key[rows],
+                **options,
+            )
+            for rows in batches
+        ]
+        # The last batch is filled with its last row.
+        return jax.tree.map(lambda *x: np.concatenate(x)[: len(kind)], *written)
+
+    generation = write(key, drafter=drafter, policy=policy, num_draft_tokens=num_draft_tokens)
     tokens, new_lengths = np.asarray(generation.tokens), np.asarray(generation.lengths)
     problems = _counter_problems(generation)
     is_new = np.arange(max_new_tokens)[None] < new_lengths[:, None]
@@ -191,7 +205,7 @@ def check_lossless(
         if problem := _log_prob_problem(texts, log_probs, oracle):
             problems.append(f"prompt {i}: {problem}")
     if generation.guarantee == "tokens" and drafter is not None:
-        plain = generate(target, padded[kind], key=jax.random.clone(key), **arguments)
+        plain = write(jax.random.clone(key))
         num_other = int((np.asarray(plain.tokens) != tokens).any(axis=1).sum())
         if num_other:
             problems.append(

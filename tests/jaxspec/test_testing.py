@@ -17,6 +17,7 @@ from jaxspec.testing import (
     check_lossless,
     check_verifier,
     compare,
+    lossless,
     num_samples_for,
     random_logits,
     table_model,
@@ -748,3 +749,30 @@ def test_policies_that_a_check_cannot_see_through_are_seen_in_the_law():
         jax.random.split(jax.random.key(0), 2),
         Draft(jnp.array([0]), jnp.zeros((1, V)), jnp.int32(1)), jnp.zeros((2, V)),
     ), Verdict)  # fmt: skip
+
+
+def test_many_rows_are_written_in_batches(monkeypatch):
+    """The same texts whatever the size of a batch, and the last one is filled up."""
+    sizes = []
+
+    def generate(target, prompts, **arguments):
+        sizes.append(len(prompts))
+        return jaxspec.generate(target, prompts, **arguments)
+
+    def report():
+        return check_lossless(
+            TARGET, drafters.model(OTHER), prompts=[[0], [1, 2]], max_new_tokens=2,
+            num_samples=500, verifier=jaxspec.verifiers.match(), generate=generate,
+        )  # fmt: skip
+
+    whole = report()
+    assert sizes == [1000, 1000]  # and plainly
+    monkeypatch.setattr(lossless, "_MOST_ROWS", 300)
+    assert report() == whole
+    assert sizes[2:] == [250] * 8
+    monkeypatch.setattr(lossless, "_MOST_ROWS", 333)
+    assert report() == whole
+    assert sizes[10:] == [250] * 8
+    monkeypatch.setattr(lossless, "_MOST_ROWS", 350)
+    assert report() == whole
+    assert sizes[18:] == [334] * 6
