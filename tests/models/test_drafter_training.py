@@ -56,7 +56,7 @@ def test_the_calibration_error_is_that_of_the_last_weights(learned, whole):
         part = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:]), part)
         logits, confidence = jax.jit(lambda x: block.forward(model, x, learned.frozen))(part)
         slots, exists = learning.slots_of(part, K)
-        log_p = learning.target_laws(part, learned.frozen)
+        log_p = learning.target_laws(part, learned.frozen)  # of all tokens
         p = np.exp(np.asarray(log_p))[np.arange(len(slots))[:, None, None], slots]
         q = np.asarray(jax.nn.softmax(logits))
         accepted.append(np.minimum(p, q).sum(-1)[exists])

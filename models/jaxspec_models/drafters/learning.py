@@ -111,10 +111,22 @@ def products(h: Array, frozen: Frozen, like: layers.Matrix) -> Array:
     return layers.product(h, frozen.head.astype(dtype))
 
 
-def target_laws(part: Part, frozen: Frozen) -> Array:
-    """Log p of the token behind each token, over the draft vocabulary: f32[B, T, W]."""
-    products = jnp.einsum("btd,wd->btw", part.final.astype(jnp.float32), frozen.head)
-    return products - part.log_normalizers[:, :, None]
+def target_laws(part: Part, frozen: Frozen, slots: Array | None = None) -> Array:
+    """Log p of the token behind each token, over the draft vocabulary.
+
+    Args:
+      part: the texts.
+      frozen: the target's.
+      slots: i32[B, M, K], behind which tokens; None: behind every one.
+
+    Returns:
+      f32[B, M, K, W] or f32[B, T, W].
+    """
+    final, log_normalizers = part.final, part.log_normalizers
+    if slots is not None:
+        final, log_normalizers = final[_rows(part), slots], log_normalizers[_rows(part), slots]
+    logits = jnp.einsum("...d,wd->...w", final.astype(jnp.float32), frozen.head)
+    return logits - log_normalizers[..., None]
 
 
 class Judged(NamedTuple):
@@ -206,7 +218,7 @@ def of_blocks(
     """
     count = log_q.shape[2]
     slots, exists = slots_of(part, count)
-    log_p = target_laws(part, frozen)[_rows(part), slots]
+    log_p = target_laws(part, frozen, slots)
     judged = judge(log_q, log_p, next_tokens(part, frozen)[_rows(part), slots])
     decay = objective.slot_decay ** jnp.arange(count, dtype=jnp.float32)
     weights = exists.astype(jnp.float32) * decay[None, None]
