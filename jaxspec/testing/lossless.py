@@ -98,7 +98,7 @@ def check_lossless(
 ) -> LosslessReport:
     """Draws many texts through `generate` and compares them with the exact law.
 
-    Each prompt becomes many rows; the rows of all prompts are mixed in one batch, so that prompts
+    Each prompt becomes many rows; the rows of all prompts are mixed in every batch, so that prompts
     of other lengths, options and fates are each row's neighbours. Beside the law of
     every prompt, the reported log-probabilities, the counters and the padding are checked, and for
     rules that promise it (`guarantee = "tokens"`), that the texts are those of plain decoding.

@@ -240,7 +240,7 @@ def train(
     with ocp.CheckpointManager(directory / "checkpoints", options=options) as manager:
         if (latest := manager.latest_step()) is not None:
             restored = manager.restore(latest, args=ocp.args.StandardRestore(state))
-            state = replicate(steps.TrainState(*restored))
+            state = steps.TrainState(*restored)  # where the first one lies
         done = int(state.step)
         log.cut(done)
         last_checkpoint = time.monotonic()

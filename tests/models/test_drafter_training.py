@@ -66,8 +66,9 @@ def test_the_calibration_error_is_that_of_the_last_weights(learned, whole):
     error = sum(abs(np.sum((predicted - accepted)[tenths == i])) for i in range(10))
     logged = log(whole[1])[-1]["calibration_error"]
     assert 0 < logged < 0.5
-    # A prediction that rounding carries over an edge moves at most its own error, below 1.
-    np.testing.assert_allclose(logged, error / len(predicted), rtol=1e-3, atol=1 / len(predicted))
+    # One prediction that rounding carries over an edge takes its own error, below 1, out of one sum
+    # and into another.
+    np.testing.assert_allclose(logged, error / len(predicted), rtol=1e-3, atol=2 / len(predicted))
 
 
 class Killed(BaseException):

@@ -77,7 +77,8 @@ def init_params(
       A nested dict of f32 arrays as `abstract(config)`.
 
     Raises:
-      ValueError: the layers have other shapes than the target's, or there are no such layers.
+      ValueError: the layers have other shapes than the target's or no such biases, or there are no
+        such layers.
     """
     del sample, seed
     depth, count = config.target.num_hidden_layers, config.num_hidden_layers
