@@ -9,6 +9,8 @@ import jaxspec
 from jaxspec.cli import running
 from jaxspec.cli.common import DEFAULT_MODEL
 
+_NUM_LOOKED_UP = 7
+
 PROMPT = """\
 Write this letter out again, neatly.
 
@@ -37,20 +39,22 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = running.load_tokenizer(DEFAULT_MODEL)
     prompt_ids = running.encode(tokenizer, PROMPT, is_chat=True)
     target = running.load_model(DEFAULT_MODEL, arguments.dtype, arguments.quantization)
+    own = target.default_drafter
     options: dict[str, Any] = {
         "sampling": jaxspec.Sampling(temperature=0),
         "max_new_tokens": arguments.max_new_tokens,
-        "num_draft_tokens": arguments.num_draft_tokens or 7,
+        "num_draft_tokens": arguments.num_draft_tokens or (_NUM_LOOKED_UP if own is None else 4),
     }
     weights = arguments.quantization or arguments.dtype
     running.put(f"{DEFAULT_MODEL}, {weights}, is asked:\n\n{_indented(PROMPT)}\n\n")
 
-    lookup = options | {"drafter": jaxspec.drafters.prompt_lookup()}
-    compile_seconds = [running.compile_programs(target, prompt_ids, **lookup)]
-    running.put("It answers, several tokens per forward (prompt lookup):\n\n")
+    drafting = options | {"drafter": own or jaxspec.drafters.prompt_lookup()}
+    compile_seconds = [running.compile_programs(target, prompt_ids, **drafting)]
+    name = "prompt lookup" if own is None else "the drafter that was trained for it"
+    running.put(f"It answers, several tokens per forward ({name}):\n\n")
     indent = _Indent()
     speculative = running.write(
-        target, tokenizer, prompt_ids, on_text=lambda text: running.put(indent(text)), **lookup
+        target, tokenizer, prompt_ids, on_text=lambda text: running.put(indent(text)), **drafting
     )
     running.put("\n\n")
 
@@ -60,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     running.put(table([plain, speculative], compile_seconds))
     is_same = plain.token_ids == speculative.token_ids
     running.put(f"same text: {'yes' if is_same else 'no'}\n")
-    running.put("(An answer that repeats its prompt is the best case for prompt lookup.)\n")
+    if own is None:
+        running.put("(An answer that repeats its prompt is the best case for prompt lookup.)\n")
     return 0
 
 

@@ -51,7 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     drafter = _drafter(arguments, target)
     is_lookup = drafter is None or isinstance(drafter, PromptLookup)
     num_draft_tokens = arguments.num_draft_tokens or (
-        _NUM_LOOKED_UP[arguments.quantization] if is_lookup else _NUM_DRAFTED
+        _NUM_LOOKED_UP[arguments.quantization]
+        if is_lookup
+        else min(_NUM_DRAFTED, getattr(drafter, "max_draft_tokens", _NUM_DRAFTED))
     )
     options: dict[str, Any] = {
         "drafter": drafter,
@@ -136,8 +138,19 @@ def _drafter(arguments: argparse.Namespace, target: jaxspec.LanguageModel) -> An
         return jaxspec.drafters.model(draft)
     if arguments.drafter == "none":
         return None
-    own = target.default_drafter if arguments.drafter == "auto" else None
-    return own or jaxspec.drafters.prompt_lookup()
+    if arguments.drafter == "auto":
+        return target.default_drafter or jaxspec.drafters.prompt_lookup()
+    if arguments.drafter == "prompt-lookup":
+        return jaxspec.drafters.prompt_lookup()
+    if not Path(arguments.drafter).is_dir():
+        raise UserError(
+            "--drafter is auto, prompt-lookup, none or a directory of jaxspec train drafter; "
+            f"{arguments.drafter} is none of them"
+        )
+    with told_to_the_user():
+        from jaxspec_models import load_drafter
+
+        return load_drafter(arguments.drafter, target)
 
 
 def _policy(arguments: argparse.Namespace, num_draft_tokens: int, *, is_lookup: bool) -> Policy:

@@ -134,11 +134,11 @@ def _add_generate(commands: Any) -> None:
     )
     drafts.add_argument(
         "--drafter",
-        choices=("auto", "prompt-lookup", "none"),
+        metavar="NAME_OR_PATH",
         default="auto",
-        help="what proposes tokens; auto: what was trained for the model and comes with it, or "
-        "else prompt-lookup: text that stands in the prompt or the output already "
-        "(default: %(default)s)",
+        help="what proposes tokens: prompt-lookup, for text that stands in the prompt or the "
+        "output already; a directory of jaxspec train drafter; none; or auto, what was trained for "
+        "the model and comes with it, or else prompt-lookup (default: %(default)s)",
     )
     common.add_num_draft_tokens(models, "4, or 2 for prompt lookup with --quantization int8")
     common.add_dtype(models)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support.checkpoints import byte_tokenizer, write_model
 
 import jaxspec
@@ -21,6 +22,9 @@ from jaxspec.cli import generate as generate_command
 from jaxspec.cli import main, running
 from jaxspec.cli.errors import UserError, told_to_the_user
 from jaxspec.cli.options import parse
+from jaxspec_models import drafter_making
+from jaxspec_models.drafters import block
+from jaxspec_models.drafters.directory import save_drafter
 from jaxspec_models.tokenizer import TextTokenizer
 
 SMALL = ["--dtype", "float32", "--max-new-tokens", "12"]
@@ -148,6 +152,7 @@ def test_help_and_mistakes_load_no_model_code_and_start_no_device():
         (["--seed", "-1"], ("--seed", "between 0")),
         (["--dtype", "int3"], ("--dtype", "bfloat16")),
         (["--draft", "x", "--drafter", "none"], ("--drafter", "--draft", "not allowed")),
+        (["--drafter", "nothing"], ("--drafter", "auto, prompt-lookup, none", "nothing")),
         (["--prompt-file", "x"], ("--prompt-file", "--prompt", "not allowed")),
         (["--temprature", "1"], ("--temprature", "--help")),
         (["--model", "no-such-model"], ("no-such-model", "smollm2-135m")),
@@ -340,6 +345,25 @@ def test_a_model_s_own_drafter_is_used(models, ask, monkeypatch):
     assert looked_up["token_ids"] == own["token_ids"]
 
 
+def test_a_trained_drafter_is_used(models, ask, tmp_path):
+    """One that was never trained drafts badly, and the text stays what it was."""
+    model = jaxspec_models.load_model(models["target"], dtype="float32")
+    shape = drafter_making.shape(model, "block", num_draft_tokens=3, draft_vocab_size=64)
+    params = block.BlockModel(shape, rngs=nnx.Rngs(0))
+    save_drafter(
+        tmp_path / "own", model, shape, nnx.to_pure_dict(nnx.state(params)), np.arange(64),
+        target_name="target",
+    )  # fmt: skip
+    plain = report_of(ask, "--prompt", "a goose", "--drafter", "none")
+    own = report_of(ask, "--prompt", "a goose", "--drafter", str(tmp_path / "own"))
+    assert own["token_ids"] == plain["token_ids"]
+    assert own["stats"]["num_draft_tokens"] > 0
+    assert len(own["stats"]["acceptance_histogram"]) == 4  # as many drafts as it was made for
+    error = ask("--prompt", "a goose", "--drafter", str(tmp_path), expected_code=2)
+    assert error == ""
+    assert "holds no drafter" in ask.stderr
+
+
 def test_sampling_options_reach_generate(ask, monkeypatch):
     model = table_model(2.0 * jax.random.normal(jax.random.key(0), (257, 257)))
     tokenizer = TextTokenizer(byte_tokenizer())
@@ -515,6 +539,24 @@ def test_demo_compares_plain_with_speculative(models, capsys, monkeypatch):
     expected = tokenizer.decode(result.tokens[0].tolist())
     squeezed = "".join(out.split())  # the demo indents
     assert "".join(expected.split()) in squeezed
+
+
+def test_demo_shows_the_model_s_own_drafter(models, capsys, monkeypatch):
+    from jaxspec.cli import demo
+
+    load = jaxspec_models.load_model
+
+    def with_drafter(name, dtype, quantization):
+        model = load(name, dtype=dtype, quantization=quantization)
+        return model.replace(default_drafter=jaxspec.drafters.model(model))
+
+    monkeypatch.setattr(demo, "DEFAULT_MODEL", models["target"])
+    monkeypatch.setattr(jaxspec_models, "load_model", with_drafter)
+    assert main(["demo", "--max-new-tokens", "20", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert "the drafter that was trained for it" in out
+    assert "prompt lookup" not in out
+    assert check_demo(out)["target forwards"] == [20, 4]  # 5 tokens each: it drafts for itself
 
 
 @pytest.mark.real_model

@@ -380,6 +380,11 @@ class ReaderDrafter:
         """V of the target."""
         return self.config.target.vocab_size
 
+    @property
+    def max_draft_tokens(self) -> int:
+        """The most that it was trained to draft in a round."""
+        return self.config.num_draft_tokens
+
     def model(self) -> Any:
         """The trained part with its weights."""
         graphdef, _ = parts.abstract(self.model_type, self.config)
