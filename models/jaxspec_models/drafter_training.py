@@ -120,10 +120,13 @@ class Texts:
         return jax.tree.map(lambda x: x[0], self._arrays(width, some, 1, len(some), rng))
 
     def evaluation(self) -> Iterator[learning.Part]:
-        """The held-out texts, every time with the same anchors."""
+        """The held-out texts, every time with the same anchors: of each text a stretch of tokens.
+
+        Behind one another, since a round begins where the one before has ended.
+        """
         for number, (width, chosen) in enumerate(self._grouped(self.held_out)):
             rng = np.random.default_rng([self._settings.seed, 2, number])
-            yield self._stacked(width, chosen, rng)
+            yield self._stacked(width, chosen, rng, in_stretches=True)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (lives as long as the training)
     def _epoch(self, number: int) -> list[tuple[int, list[int]]]:
@@ -148,12 +151,20 @@ class Texts:
         return -(-max(1, self._settings.tokens_a_part // width) // devices) * devices
 
     def _stacked(
-        self, width: int, chosen: Sequence[int], rng: np.random.Generator
+        self, width: int, chosen: Sequence[int], rng: np.random.Generator, **options: bool
     ) -> learning.Part:
-        return self._arrays(width, chosen, self._settings.parts_a_step, self._rows(width), rng)
+        parts, rows = self._settings.parts_a_step, self._rows(width)
+        return self._arrays(width, chosen, parts, rows, rng, **options)
 
     def _arrays(
-        self, width: int, chosen: Sequence[int], num_parts: int, rows: int, rng: np.random.Generator
+        self,
+        width: int,
+        chosen: Sequence[int],
+        num_parts: int,
+        rows: int,
+        rng: np.random.Generator,
+        *,
+        in_stretches: bool = False,
     ) -> learning.Part:
         batch = num_parts * rows
         num_anchors = self._settings.anchors_a_text * width // _WIDTHS[0]
@@ -172,8 +183,12 @@ class Texts:
             hidden[row, :length] = features[row].hidden
             log_normalizers[row, :length] = features[row].log_normalizers
             first[row], temperatures[row] = _first_anchor(answer), answer.temperature
-            places = first[row] + rng.permutation(length - 1 - first[row])[:num_anchors]
-            anchors[row, : len(places)] = places
+            count = length - 1 - first[row]
+            places = rng.permutation(count)[:num_anchors]
+            if in_stretches:
+                begin = rng.integers(max(count - num_anchors, 0) + 1)
+                places = begin + np.arange(min(count, num_anchors))
+            anchors[row, : len(places)] = first[row] + places
         whole: Any = (
             tokens, hidden[:, :, :-1], hidden[:, :, -1], log_normalizers, first, lengths, anchors,
             temperatures,

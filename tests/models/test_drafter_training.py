@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from support import trained
 
+import jaxspec
 from jaxspec_models import drafter_training
 from jaxspec_models.drafters import block, learning
 
@@ -192,22 +193,94 @@ def part_of(temperatures, **changes):
     return empty._replace(temperature=jnp.asarray(temperatures, jnp.float32), **changes)
 
 
-def test_tokens_a_step_of_sampled_texts_are_exact_on_average():
+def test_tokens_emitted_in_sampled_texts_are_exact_on_average():
     """Over all texts of two tokens, each as often as p draws it: 1 + a + a b, a = Σ min(p, q)."""
     log_p, log_q = laws(2, 2, 3), laws(3, 2, 3)
     p, q = np.exp(np.asarray(log_p, np.float64)), np.exp(np.asarray(log_q, np.float64))
     mean = 0.0
     for x in range(3):
         for y in range(3):
-            chosen = jnp.asarray([x, y])
-            judged = jax.tree.map(lambda v: v[None, None], learning.judge(log_q, log_p, chosen))
-            found = learning.metrics(part_of([1.0]), judged, jnp.ones((1, 1, 2), bool))
-            value, weight = found["tokens_per_step_sampled"]
-            assert weight == 1
-            assert found["tokens_per_step_greedy"][1] == 0
-            mean += p[0, x] * p[1, y] * float(value)
+            judged = learning.judge(log_q, log_p, jnp.asarray([x, y]))
+            _, emitted = learning.rounds_along(judged.ratio[None, None], jnp.ones((1, 1, 2), bool))
+            mean += p[0, x] * p[1, y] * float(emitted[0, 0])
     first, second = np.minimum(p, q).sum(-1)
     np.testing.assert_allclose(mean, 1 + first + first * second, rtol=1e-5)
+
+
+def test_rounds_are_those_that_are_walked():
+    """Every way through a stretch, followed one by one, with its probability."""
+    passes = np.random.default_rng(0).uniform(0.1, 1.0, (2, 7, 2)).astype(np.float32)
+    exists = np.ones((2, 7, 2), bool)
+    exists[1, 5:] = [[True, False], [False, False]]
+    begins, emitted = learning.rounds_along(jnp.asarray(passes), jnp.asarray(exists))
+    wanted = np.zeros((2, 7))
+
+    def walk(row, at, mass):
+        if at >= 7:
+            return
+        wanted[row, at] += mass
+        chances = np.cumprod(passes[row, at] * exists[row, at])
+        exactly = -np.diff(np.concatenate([[1.0], chances, [0.0]]))
+        np.testing.assert_allclose(emitted[row, at], exactly @ [1, 2, 3], rtol=1e-5)
+        for accepted, chance in enumerate(exactly):
+            walk(row, at + 1 + accepted, mass * chance)
+
+    for row in range(2):
+        walk(row, 0, 1.0)
+    np.testing.assert_allclose(begins[:, 2:], wanted[:, 2:], rtol=1e-5)
+    np.testing.assert_array_equal(begins[:, :2], 0)
+
+
+def with_other_settings(learned, settings):
+    texts = learned.texts["block"]
+    return drafter_training.Texts(texts._found, texts._read, settings)
+
+
+def test_tokens_a_step_are_those_of_generate(learned, whole):
+    """Greedily, along whole answers: the rounds that the drafter goes through when it writes."""
+    every = trained.with_settings(anchors_a_text=128, tokens_a_part=4096)
+    drafter = trained.drafter(learned, whole[0])
+    part = next(iter(with_other_settings(learned, every).evaluation()))
+    part = jax.tree.map(lambda x: jnp.asarray(x[0]), part)
+    logits, _ = block.forward(drafter.model(), part, learned.frozen)
+    slots, exists = learning.slots_of(part, K)
+    judged = learning.judge(
+        jax.nn.log_softmax(logits), learning.target_laws(part, learned.frozen, slots),
+        learning.next_tokens(part, learned.frozen)[jnp.arange(len(slots))[:, None, None], slots],
+    )  # fmt: skip
+    passes = np.asarray(judged.is_same & exists)
+    checked = 0
+    for row in np.flatnonzero((np.asarray(part.temperature) == 0) & (np.asarray(part.length) > 0)):
+        first, length = int(part.first[row]), int(part.length[row])
+        at, rounds = first, 0
+        while at < length - 1:
+            at += 1 + int(np.cumprod(passes[row, at - first]).sum())
+            rounds += 1
+        out = jaxspec.generate(
+            trained.TARGET, part.tokens[row : row + 1, : first + 1], drafter=drafter,
+            num_draft_tokens=K, max_new_tokens=length - 1 - first,
+            sampling=jaxspec.Sampling(temperature=0),
+        )  # fmt: skip
+        assert int(out.stats.num_spec_steps[0]) == rounds
+        checked += 1
+    assert checked == 2
+
+
+def test_anchors_of_an_evaluation_stand_behind_one_another(learned):
+    settings = trained.with_settings(anchors_a_text=8)
+    starts = set()
+    for part in with_other_settings(learned, settings).evaluation():
+        for anchors, first, length in zip(
+            part.anchors.reshape(-1, 8), part.first.ravel(), part.length.ravel(), strict=True
+        ):
+            real = anchors[anchors < length]
+            if length == 0:
+                continue
+            assert len(real) == min(8, length - 1 - first)
+            assert np.all(np.diff(real) == 1)
+            assert real[0] >= first
+            starts.add(int(real[0] - first))
+    assert len(starts) > 1
 
 
 def test_metrics_by_hand():
@@ -215,11 +288,14 @@ def test_metrics_by_hand():
     is_same = jnp.asarray([[[1, 1, 0], [0, 1, 1]], [[1, 1, 1], [1, 0, 1]]], bool)
     exists = jnp.asarray([[[1, 1, 1], [1, 1, 1]], [[1, 1, 1], [1, 1, 0]]], bool)
     half = jnp.full((2, 2, 3), 0.5)
+    anchors = jnp.asarray([[3, 9], [5, 1]])
     found = learning.metrics(
-        part_of([0.0, 0.0]), learning.Judged(half, is_same, half), exists,
+        part_of([0.0, 0.0], anchors=anchors, length=jnp.asarray([50, 50])),
+        learning.Judged(half, is_same, half), exists,
         predicted=jnp.full((2, 2, 3), 10.0),
     )  # fmt: skip
-    assert [float(x) for x in found["tokens_per_step_greedy"]] == [3 + 1 + 4, 3]
+    # Of texts whose anchors do not stand behind one another, nothing is told of rounds.
+    assert [float(x) for x in found["tokens_per_step_greedy"]] == [0, 0]
     np.testing.assert_array_equal(found["agreement"][0], [3, 3, 2])
     np.testing.assert_array_equal(found["agreement"][1], [4, 4, 3])
     np.testing.assert_allclose(found["acceptance"][0], [2, 2, 1.5])
@@ -230,6 +306,23 @@ def test_metrics_by_hand():
     judged = learning.judge(jnp.log(jnp.asarray([0.9, 0.1])), log_p, jnp.int32(2))
     assert not judged.is_same
     assert float(judged.ratio) == 0
+
+
+def test_rounds_are_told_apart_by_temperature():
+    """One draft a round: [right, right, wrong, right, right] greedily, and 1/2 each if sampled."""
+    right = jnp.asarray([[1, 1, 0, 1, 1]] * 3, bool)[..., None]
+    half = jnp.full((3, 5, 1), 0.5)
+    anchors = jnp.arange(5)[None] + jnp.asarray([[2], [7], [4]])
+    anchors = anchors.at[2, 1].set(3)  # another order: no stretch
+    exists = jnp.ones((3, 5, 1), bool).at[0, 4].set(False)
+    found = learning.metrics(
+        part_of([0.0, 1.0, 0.0], anchors=anchors, length=jnp.asarray([8, 50, 50])),
+        learning.Judged(half, right, half), exists,
+    )  # fmt: skip
+    # Rounds begin at 0 (left out), 2 and 3; at 4 none does, nor would it be whole.
+    assert [float(x) for x in found["tokens_per_step_greedy"]] == [1 + 2, 2]
+    begins = np.array([1, 0.5, 0.75, 0.625, 0.6875])[1:].sum()
+    np.testing.assert_allclose(found["tokens_per_step_sampled"], [1.5 * begins, begins])
 
 
 def test_bfloat16_products_learn_as_well(learned, whole, tmp_path):

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import jaxspec
 from jaxspec.training import losses, steps
@@ -243,10 +244,10 @@ def metrics(
     Returns:
       Pairs of a sum and a weight: "acceptance" f32[K], the probability at temperature 1 that the
       draft of each slot is accepted once those before it are; "agreement" f32[K], of the likeliest
-      tokens; "tokens_per_step_greedy" f32[], of whole blocks in greedy answers, and
-      "tokens_per_step_sampled" f32[] in those drawn at temperature 1: both what a round emits, the
-      correction or the bonus included. Where acceptance is predicted, "predicted" and
-      "accepted" f32[10], by the tenth that the prediction falls in.
+      tokens; "tokens_per_step_greedy" f32[], in greedy answers, and "tokens_per_step_sampled" f32[]
+      in those drawn at temperature 1: what `rounds_along` makes of them, and 0 of weight 0 unless
+      the anchors of a text stand one behind the other. Where acceptance is predicted, "predicted"
+      and "accepted" f32[10], by the tenth that the prediction falls in.
     """
     learned = exists.astype(jnp.float32)
     by_slot = jnp.sum(learned, axis=(0, 1))
@@ -255,13 +256,16 @@ def metrics(
         "acceptance": (jnp.sum(learned * judged.accepted, axis=(0, 1)), by_slot),
         "agreement": (jnp.sum(learned * is_same, axis=(0, 1)), by_slot),
     }
+    is_block = part.anchors < part.length[:, None]
+    stands_behind = part.anchors[:, 1:] == part.anchors[:, :-1] + 1
+    is_window = jnp.all(stands_behind | ~is_block[:, 1:], axis=1)
     for name, temperature, passes in (
         ("greedy", 0.0, is_same),
         ("sampled", 1.0, judged.ratio),
     ):
-        is_whole = exists[:, :, -1] & (part.temperature == temperature)[:, None]
-        emitted = 1.0 + jnp.sum(jnp.cumprod(passes, axis=2), axis=2)
-        weight = is_whole.astype(jnp.float32)
+        begins, emitted = rounds_along(passes, exists)
+        counts = exists[:, :, -1] & (is_window & (part.temperature == temperature))[:, None]
+        weight = begins * counts.astype(jnp.float32)
         found[f"tokens_per_step_{name}"] = (jnp.sum(weight * emitted), jnp.sum(weight))
     if predicted is not None:
         probability = jax.nn.sigmoid(predicted)
@@ -271,6 +275,47 @@ def metrics(
         for name, value in (("predicted", probability), ("accepted", judged.accepted)):
             found[name] = (jnp.sum(members * value[..., None], axis=(0, 1, 2)), number)
     return found
+
+
+def rounds_along(passes: Array, exists: Array) -> tuple[Array, Array]:
+    """Rounds over a stretch of text whose every token is an anchor.
+
+    Rounds begin where the one before has ended: seldom where drafting is easy. A mean over all
+    tokens would count those as often as the others, and promise far too much. The first rounds,
+    which begin at an arbitrary token, are left out.
+
+    Args:
+      passes: f32[B, M, K], the probability that the draft of each slot is accepted once those
+        before it are, given the text.
+      exists: bool[B, M, K], whether the text is long enough.
+
+    Returns:
+      f32[B, M], the probability that a round begins at each anchor, 0 at the first K; and f32[B, M]
+      how many tokens it emits there, the correction or the bonus included.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> passes = jnp.array([[[1.0], [0.0], [0.0], [1.0], [1.0]]])
+      >>> begins, emitted = rounds_along(passes, jnp.ones((1, 5, 1), bool))
+      >>> begins.tolist(), emitted.tolist()
+      ([[0.0, 0.0, 1.0, 1.0, 0.0]], [[2.0, 1.0, 1.0, 2.0, 2.0]])
+    """
+    batch, _, count = passes.shape
+    whole = jnp.cumprod(passes * exists.astype(passes.dtype), axis=2)
+    ends = jnp.ones((batch, whole.shape[1], 1)), jnp.zeros((batch, whole.shape[1], 1))
+    # The probability that exactly 0 … K drafts are accepted.
+    exactly = jnp.concatenate([ends[0], whole], axis=2) - jnp.concatenate([whole, ends[1]], axis=2)
+
+    def go(coming: Array, exactly: Array) -> tuple[Array, Array]:
+        # `coming` f32[B, K + 1]: the probability that a round begins here, one token further, ….
+        behind = jnp.pad(coming[:, 1:], ((0, 0), (0, 1)))
+        return behind + coming[:, :1] * exactly, coming[:, 0]
+
+    first = jnp.zeros((batch, count + 1)).at[:, 0].set(1.0)
+    _, begins = lax.scan(go, first, jnp.swapaxes(exactly, 0, 1))
+    begins = jnp.swapaxes(begins, 0, 1)
+    begins = jnp.where(jnp.arange(begins.shape[1])[None] < count, 0.0, begins)
+    return begins, 1.0 + jnp.sum(whole, axis=2)
 
 
 def calibration_error(predicted: np.ndarray, accepted: np.ndarray, number: np.ndarray) -> float:
