@@ -11,6 +11,43 @@ from jaxspec.cli import running
 from jaxspec.cli.errors import UserError, told_to_the_user
 
 
+def write_prompts(arguments: argparse.Namespace) -> int:
+    """Runs `jaxspec train prompts`.
+
+    Args:
+      arguments: from `jaxspec.cli.options.parse`.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      UserError: an argument, a file or the model is wrong.
+    """
+    tokenizer = running.load_tokenizer(arguments.target)
+    model = running.load_model(arguments.target, arguments.dtype, arguments.quantization)
+    with told_to_the_user(), running.exit_on_interrupt(), _Bar() as bar:
+        from jaxspec_models import asking
+
+        try:
+            count = asking.write_prompts(
+                model,
+                tokenizer,
+                arguments.out,
+                target=arguments.target,
+                count=arguments.count,
+                temperature=arguments.temperature,
+                max_prompt_tokens=arguments.max_prompt_tokens,
+                batch=arguments.batch,
+                seed=arguments.seed,
+                on_progress=lambda done, total: bar.advance(done, total, " prompts"),
+            )
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{arguments.out} cannot be written: {reason}") from error
+    running.put(f"{count} prompts in {arguments.out}\n")
+    return 0
+
+
 def write_data(arguments: argparse.Namespace) -> int:
     """Runs `jaxspec train data`.
 
@@ -85,13 +122,16 @@ class _Bar:
             self._bar.close()
 
     def show(self, progress: Any) -> None:
-        """Draws `jaxspec_models.answers.Progress`; the estimate counts from the first on."""
+        """Draws `jaxspec_models.answers.Progress`."""
+        if progress.tokens_wanted is None:
+            self.advance(progress.num_answers, progress.num_tasks, " answers")
+        else:
+            self.advance(progress.num_tokens, progress.tokens_wanted, " tokens")
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        """Draws how much there is; the estimate counts from the first call on."""
         import tqdm
 
-        if progress.tokens_wanted is None:
-            done, total, unit = progress.num_answers, progress.num_tasks, " answers"
-        else:
-            done, total, unit = progress.num_tokens, progress.tokens_wanted, " tokens"
         if self._bar is None:
             self._bar = tqdm.tqdm(
                 total=total, initial=done, unit=unit, file=sys.stderr, dynamic_ncols=True

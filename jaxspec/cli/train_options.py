@@ -9,6 +9,7 @@ from jaxspec.cli import common
 
 _TRAIN_EPILOG = """\
 examples:
+  jaxspec train prompts --count 5000 --out prompts.jsonl --quantization int8
   jaxspec train data --prompts prompts.jsonl --out answers --tokens 1500000 --quantization int8
   jaxspec train drafter --data answers --out drafter --quantization int8"""
 
@@ -30,8 +31,40 @@ def add(commands: Any) -> None:
 
     parser.set_defaults(run=print_help)
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_train_prompts(subcommands)
     _add_train_data(subcommands)
     _add_train_drafter(subcommands)
+
+
+def _add_train_prompts(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prompts",
+        help="let the model say what it would be asked",
+        description="Writes prompts where there is no file of them: given its chat template up to "
+        "the user's turn, a model goes on as a user would. Interrupted, it goes on where it was: "
+        "run the same command again.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_run_train_prompts)
+    parser.add_argument(
+        "--target",
+        metavar="NAME_OR_PATH",
+        default=common.DEFAULT_MODEL,
+        help="the model that the drafter is for (default: %(default)s)",
+    )
+    parser.add_argument("--out", metavar="FILE", required=True, help="JSONL, a prompt a line")
+    common.add_count(parser, "--count", 5000, "prompts that are wanted")
+    parser.add_argument(
+        "--temperature",
+        metavar="F",
+        type=common.number(float, lambda x: x > 0, "above 0"),
+        default=1.0,
+        help="lower: plainer prompts (default: %(default)s)",
+    )
+    common.add_count(parser, "--max-prompt-tokens", 128, "longer prompts are left out")
+    common.add_count(parser, "--batch", 64, "prompts written at a time")
+    common.add_seed(parser)
+    common.add_dtype(parser)
 
 
 def _add_train_data(commands: Any) -> None:
@@ -164,6 +197,12 @@ def _add_train_drafter(commands: Any) -> None:
     )
     common.add_seed(parser)
     common.add_dtype(parser)
+
+
+def _run_train_prompts(arguments: argparse.Namespace) -> int:
+    from jaxspec.cli import train
+
+    return train.write_prompts(arguments)
 
 
 def _run_train_data(arguments: argparse.Namespace) -> int:

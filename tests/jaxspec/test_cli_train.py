@@ -111,6 +111,23 @@ def test_other_settings_are_refused(whole, target, prompts, capsys):
     assert shards(whole) == before
 
 
+def test_prompts_of_the_model_s_own(target, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    arguments = ["train", "prompts", "--target", target, "--out", str(path), "--count", "3"]
+    arguments += ["--dtype", "float32", "--batch", "8"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"3 prompts in {path}\n"
+    assert "3/3" in captured.err
+    assert len(answers.read_prompts(path)) == 3
+    assert main([*arguments, "--seed", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "seed 1" in told
+    assert told.count("\n") == 1
+    assert main([*arguments[:5], str(tmp_path / "nowhere" / "a"), *arguments[6:]]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def training(target, data, out, *more):
     return [
         "train", "drafter", "--target", target, "--data", str(data), "--out", str(out),

@@ -1,0 +1,137 @@
+"""Prompts from the model itself, for training a drafter without a file of them.
+
+A model that was tuned on chats has learned what users say as well as what it answers: given its
+chat template up to the user's turn, it goes on as a user would (Xu et al., Magpie, arXiv
+2406.08464).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxspec
+from jaxspec_models.files import write_atomically
+
+_PLACE = "PLACE-OF-THE-USER"
+
+
+def user_turn(tokenizer: Any) -> list[int]:
+    """The chat template up to where a user's first words stand, as ids.
+
+    Args:
+      tokenizer: one with a chat template.
+
+    Raises:
+      ValueError: there is no template, or it does not repeat what a user says.
+    """
+    messages = [{"role": "user", "content": _PLACE}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    before, place, _ = text.partition(_PLACE)
+    if not place:
+        raise ValueError("the chat template does not repeat what the user says.")
+    return list(tokenizer.encode(before, add_special_tokens=False))
+
+
+def write_prompts(
+    model: jaxspec.LanguageModel,
+    tokenizer: Any,
+    path: str | os.PathLike[str],
+    *,
+    target: str,
+    count: int,
+    temperature: float = 1.0,
+    max_prompt_tokens: int = 128,
+    batch: int = 64,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Lets a model say what it would be asked, and keeps what is whole and new.
+
+    Called again with the same arguments it goes on where it was, also for a higher `count`. What is
+    kept does not depend on the batch: each attempt has a number, and a key of its own.
+
+    Args:
+      model: the target.
+      tokenizer: its own; one with a chat template.
+      path: JSONL, one prompt a line, as `answers.read_prompts` reads it.
+      target: the model's name, for whoever reads the prompts.
+      count: prompts that are wanted.
+      temperature: they are drawn at; lower, they are plainer.
+      max_prompt_tokens: what has not ended by then is left out.
+      batch: attempts at a time.
+      seed: another seed, other prompts.
+      on_progress: called with the prompts there are, and how many are wanted.
+
+    Returns:
+      How many there are.
+
+    Raises:
+      ValueError: the file holds something else, the model has no EOS token or no chat template, or
+        hardly anything that it says ends.
+      OSError: the file cannot be written.
+    """
+    path, first = Path(path), user_turn(tokenizer)
+    if not model.eos_ids:
+        raise ValueError("the model has no EOS token: what it says would never end.")
+    drawn = f"{target}, temperature {temperature:g}, seed {seed}, {max_prompt_tokens} tokens"
+    kept = _read(path, drawn)
+    number = kept[-1]["number"] + 1 if kept else 0
+    known = {row["prompt"] for row in kept}
+    key = jax.random.key(seed, impl="threefry2x32")
+    num_tried = 0
+    while len(kept) < count:
+        on_progress(len(kept), count)
+        numbers = np.arange(number, number + batch, dtype=np.uint32)
+        generation = jaxspec.generate(
+            model,
+            np.tile(np.asarray(first, np.int32), (batch, 1)),
+            sampling=jaxspec.Sampling(temperature=temperature),
+            max_new_tokens=max_prompt_tokens,
+            key=jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers),
+        )
+        tokens, lengths = np.asarray(generation.tokens), np.asarray(generation.lengths)
+        has_ended = np.asarray(generation.status) == jaxspec.status.EOS
+        for row in np.flatnonzero(has_ended):
+            text = _said(tokenizer, tokens[row, : lengths[row] - 1].tolist())
+            if text and text not in known and len(kept) < count:
+                known.add(text)
+                kept.append({"prompt": text, "source": drawn, "number": int(numbers[row])})
+        number, num_tried = number + batch, num_tried + batch
+        if num_tried >= 1000 and not known:
+            raise ValueError("nothing of what the model says as a user ends; raise the limit.")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        write_atomically(path, lines.encode())
+    on_progress(len(kept), count)
+    return len(kept)
+
+
+def _said(tokenizer: Any, ids: list[int]) -> str:
+    """What a user said; nothing, if the template's own marks are in it."""
+    text: str = tokenizer.decode(ids)
+    return "" if text != tokenizer.decode(ids, skip_special_tokens=True) else text.strip()
+
+
+def _read(path: Path, drawn: str) -> list[dict[str, Any]]:
+    """The rows that there are."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(encoding="utf-8") as lines:  # "\u2028" ends no line of a file
+            rows = [json.loads(line) for line in lines]
+        others = {row["source"] for row in rows} - {drawn}
+        numbers = [row["number"] for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no prompts of this kind; choose another file.") from error
+    if others or numbers != sorted(numbers):
+        raise ValueError(
+            f"{path} holds prompts of {others or 'another order'}, and these would be of {drawn}; "
+            "choose another file."
+        )
+    return rows

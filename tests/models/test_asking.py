@@ -1,0 +1,116 @@
+"""Prompts that a model writes itself."""
+
+import json
+
+import numpy as np
+import pytest
+from support.checkpoints import byte_tokenizer, write_model
+
+import jaxspec_models
+from jaxspec_models import answers, asking
+from jaxspec_models.tokenizer import TextTokenizer
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    path = write_model(tmp_path_factory.mktemp("models") / "target", eos=256, scale=0.5)
+    model = jaxspec_models.load_model(path, dtype="float32")
+    return model, jaxspec_models.load_tokenizer(path)
+
+
+def write(loaded, path, **changes):
+    options = {"target": "tiny", "count": 12, "max_prompt_tokens": 64, "batch": 8} | changes
+    return asking.write_prompts(*loaded, path, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "prompts.jsonl"
+    assert write(loaded, path) == 12
+    return path
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_the_template_up_to_the_user(loaded):
+    assert loaded[1].decode(asking.user_turn(loaded[1])) == "<user>"
+
+
+def test_prompts_are_whole_and_new(loaded, whole):
+    prompts = answers.read_prompts(whole)
+    assert prompts == [row["prompt"] for row in rows_of(whole)]
+    assert len(set(prompts)) == 12
+    assert all(prompt == prompt.strip() and prompt for prompt in prompts)
+    assert not any("<|end|>" in prompt for prompt in prompts)
+    assert {row["source"] for row in rows_of(whole)} == {"tiny, temperature 1, seed 0, 64 tokens"}
+    numbers = [row["number"] for row in rows_of(whole)]
+    assert numbers == sorted(set(numbers))
+    assert numbers != list(range(12))  # some did not end
+
+
+@pytest.mark.parametrize("batch", [8, 3])
+def test_it_goes_on_where_it_was(loaded, whole, tmp_path, batch):
+    """In two calls, with another batch: the same prompts."""
+    path = tmp_path / "prompts.jsonl"
+    told = []
+    assert write(loaded, path, count=5, batch=batch) == 5
+    assert write(loaded, path, batch=batch, on_progress=lambda *now: told.append(now)) == 12
+    assert path.read_bytes() == whole.read_bytes()
+    assert told[0] == (5, 12)
+    assert told[-1] == (12, 12)
+    assert [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_once_there_nothing_is_left_to_do(loaded, whole):
+    before = whole.stat().st_mtime_ns
+    assert write(loaded, whole, count=10) == 12
+    assert whole.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seed": 1}, "seed 1"),
+        ({"temperature": 0.5}, "temperature 0.5"),
+        ({"target": "b"}, "b, te"),
+    ],
+)
+def test_other_prompts_are_refused(loaded, whole, changes, reason):
+    before = whole.read_bytes()
+    with pytest.raises(ValueError, match=reason):
+        write(loaded, whole, count=20, **changes)
+    assert whole.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["no JSON\n", '{"prompt": "a"}\n', "[]\n"])
+def test_another_file_is_refused(loaded, tmp_path, text):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="holds no prompts of this kind"):
+        write(loaded, path)
+    assert path.read_text() == text
+
+
+def test_what_never_ends_is_told(loaded, tmp_path):
+    model, tokenizer = loaded
+    with pytest.raises(ValueError, match="no EOS token"):
+        write((model.replace(eos_ids=()), tokenizer), tmp_path / "a")
+    never = model.replace(eos_ids=(model.vocab_size,))  # an id that is never drawn
+    with pytest.raises(ValueError, match="raise the limit"):
+        write((never, tokenizer), tmp_path / "a", batch=500, max_prompt_tokens=2)
+
+
+def test_a_template_without_the_user_is_refused():
+    tokenizer = TextTokenizer(byte_tokenizer(), chat_template="Hello.")
+    with pytest.raises(ValueError, match="does not repeat"):
+        asking.user_turn(tokenizer)
+
+
+def test_marks_of_the_template_are_no_words(loaded):
+    ids = loaded[1].encode("a goose", add_special_tokens=False)
+    assert asking._said(loaded[1], [32, *ids, 32]) == loaded[1].decode([32, *ids, 32]).strip()
+    assert asking._said(loaded[1], [*ids, 256, *ids]) == ""
+    assert np.shape(ids) == (7,)
