@@ -140,7 +140,11 @@ def _add_train_drafter(commands: Any) -> None:
         help="the model that answered (default: %(default)s)",
     )
     parser.add_argument(
-        "--data", metavar="DIRECTORY", required=True, help="of `jaxspec train data`"
+        "--data",
+        metavar="DIRECTORY",
+        nargs="+",
+        required=True,
+        help="of `jaxspec train data`; one or several",
     )
     parser.add_argument(
         "--out", metavar="DIRECTORY", required=True, help="for the drafter, checkpoints and a log"
@@ -148,8 +152,9 @@ def _add_train_drafter(commands: Any) -> None:
     parser.add_argument(
         "--features",
         metavar="DIRECTORY",
-        help="for the target's features, which several trainings may share (default: in --out); "
-        "5 kB a token with smollm2-135m",
+        nargs="+",
+        help="for the target's features, one for each --data, which several trainings may share "
+        "(default: in --out); 5 kB a token with smollm2-135m",
     )
     common.add_num_draft_tokens(parser, "6")
     common.add_count(parser, "--steps", 4000, "optimiser steps")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,8 @@ import jaxspec
 from jaxspec_models import answers, drafter_plots, drafter_training, features, llama, recording
 from jaxspec_models.drafters import directory, learning, methods, parts
 from jaxspec_models.files import write_atomically
+
+Directory: TypeAlias = "str | os.PathLike[str]"
 
 
 def shape(target: jaxspec.LanguageModel, method: str, **fields: Any) -> parts.DrafterConfig:
@@ -54,13 +56,13 @@ def shape(target: jaxspec.LanguageModel, method: str, **fields: Any) -> parts.Dr
 def make_drafter(
     target: jaxspec.LanguageModel,
     config: parts.DrafterConfig,
-    data: str | os.PathLike[str],
+    data: Directory | Sequence[Directory],
     out: str | os.PathLike[str],
     *,
     target_name: str,
     weights: str,
     settings: drafter_training.Settings,
-    features_directory: str | os.PathLike[str] | None = None,
+    features_directory: Directory | Sequence[Directory] | None = None,
     command: str = "",
     on_stage: Callable[..., None] = lambda name, done, total, told="": None,
 ) -> dict[str, float]:
@@ -69,14 +71,14 @@ def make_drafter(
     Args:
       target: the target, as it will be used.
       config: the drafter's shape, see `shape`.
-      data: of `jaxspec train data`.
+      data: of `jaxspec train data`; one directory or several.
       out: where the drafter goes: `drafter/` in int8, `drafter-float32/`, checkpoints, `log.csv`
         and `log.png`.
       target_name: what the target is called.
       weights: how its weights are kept, such as "int8".
       settings: how to train.
-      features_directory: for the target's features, to be shared by several trainings; None: in
-        `out`.
+      features_directory: for the target's features, to be shared by several trainings, one for
+        each directory of data; None: in `out`.
       command: what made it, for the card.
       on_stage: called with a stage's name, how much of it is done, and of how much.
 
@@ -84,17 +86,33 @@ def make_drafter(
       The last evaluation on held-out prompts.
 
     Raises:
-      ValueError: the data, or `out`, belong to something else.
+      ValueError: the data, or `out`, belong to something else; there is not one directory of
+        features for each of data.
       FloatingPointError: the loss is not finite.
     """
     out, method = Path(out), methods.of(config.method).module
-    stored = Path(features_directory) if features_directory is not None else out / "features"
+    sources = _listed(data)
+    if features_directory is not None:
+        stores = _listed(features_directory)
+    else:
+        names = ["features", *(f"features-{i}" for i in range(2, len(sources) + 1))]
+        stores = [out / name for name in names]
+    if len(stores) != len(sources):
+        raise ValueError(
+            f"there are {len(sources)} directories of data and {len(stores)} of features: each has "
+            "its own."
+        )
     taps = config.tapped_layers or tapped_layers(config.target.num_hidden_layers)
-    features.write_features(
-        target, data, stored, layers=(*taps, -1), weights=weights,
-        on_progress=lambda done, total: on_stage("features", done, total),
-    )  # fmt: skip
-    found, read = features.read_features(data, stored, layers=(*config.tapped_layers, -1))
+    parts_found = []
+    for source, stored in zip(sources, stores, strict=True):
+        features.write_features(
+            target, source, stored, layers=(*taps, -1), weights=weights,
+            on_progress=lambda done, total: on_stage("features", done, total),
+        )  # fmt: skip
+        parts_found.append(
+            features.read_features(source, stored, layers=(*config.tapped_layers, -1))
+        )
+    found, read = _joined(parts_found)
     out.mkdir(parents=True, exist_ok=True)
     draft_ids = _vocabulary(out / "vocabulary.json", found, config)
     texts = drafter_training.Texts(found, read, settings)
@@ -114,9 +132,8 @@ def make_drafter(
     )
     metrics = drafter_training.last_line(out / "log.csv")
     drafter_plots.draw_log(out / "log.csv", out / "log.png")
-    card = _card(
-        config, texts, answers.read_settings(data), settings, metrics, target_name, command
-    )
+    told = [answers.read_settings(source) for source in sources]
+    card = _card(config, texts, told, settings, metrics, target_name, command)
     for name, (kind, kept) in {
         "drafter-float32": (config, params),
         "drafter": methods.quantize(config, params),
@@ -128,10 +145,29 @@ def make_drafter(
     return metrics
 
 
+def _listed(paths: Directory | Sequence[Directory]) -> list[Path]:
+    return [Path(p) for p in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+
+
+def _joined(
+    several: Sequence[tuple[list[answers.Answer], Callable[[int], features.Features]]],
+) -> tuple[list[answers.Answer], Callable[[int], features.Features]]:
+    """Answers of several directories, one behind the other, and the features of the i-th."""
+    found = [answer for some, _ in several for answer in some]
+    ends = np.cumsum([len(some) for some, _ in several])
+
+    def read(index: int) -> features.Features:
+        which = int(np.searchsorted(ends, index, side="right"))
+        begin = int(ends[which - 1]) if which else 0
+        return several[which][1](index - begin)
+
+    return found, read
+
+
 def _card(
     config: parts.DrafterConfig,
     texts: drafter_training.Texts,
-    data: dict[str, Any],
+    data: Sequence[dict[str, Any]],
     settings: drafter_training.Settings,
     metrics: dict[str, float],
     target_name: str,
@@ -144,6 +180,8 @@ def _card(
         return "\n".join(f"- {name}: {value}" for name, value in items.items())
 
     epochs = settings.num_steps / texts.steps_an_epoch
+    temperatures = sorted({t for source in data for t in source["temperatures"]})
+    longest = max(source["max_new_tokens"] for source in data)
     made_by = f"\nMade by\n\n    {command}\n" if command else ""
     return f"""\
 # A drafter for {target_name}
@@ -154,7 +192,7 @@ shares; with any lossless rule the output's distribution is the model's own.
 ## Data
 
 {len(texts.learned)} answers of the model itself, {texts.num_tokens} tokens, at temperatures
-{", ".join(f"{t:g}" for t in data["temperatures"])}, at most {data["max_new_tokens"]} tokens each;
+{", ".join(f"{t:g}" for t in temperatures)}, at most {longest} tokens each;
 {len(texts.held_out)} answers to other prompts are held out.
 
 ## Shape

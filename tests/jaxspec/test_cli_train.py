@@ -14,7 +14,7 @@ from support.checkpoints import write_model
 import jaxspec
 import jaxspec_models
 from jaxspec.cli import main
-from jaxspec_models import answers
+from jaxspec_models import answers, drafter_training, features
 
 PROMPTS = ["a", "bc", "What?", "d" * 40, "once more", "and again", "why", "so"]
 SIZES = ["--dtype", "float32", "--max-new-tokens", "24", "--batch", "2", "--batches-a-shard", "2"]
@@ -190,6 +190,40 @@ def test_a_student_of_recorded_features(whole, target, prompts, tmp_path, capsys
     capsys.readouterr()
     assert main(training(target, whole, tmp_path / "x", *more, "--markov-rank", "4")) == 2
     assert "method 'student' has no markov_rank" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_drafter_of_several_directories(whole, target, prompts, tmp_path, capsys, monkeypatch):
+    """Each answer is learned with its own features, wherever it is kept."""
+    other, out = tmp_path / "other", tmp_path / "drafter"
+    assert main(command(target, prompts, other, "--seed", "5", "--temperature", "1")) == 0
+    seen = []
+    texts = drafter_training.Texts
+
+    def see(found, read, settings):
+        seen.append((found, read))
+        return texts(found, read, settings)
+
+    monkeypatch.setattr(drafter_training, "Texts", see)
+    arguments = training(target, whole, out, "--method", "eagle3", "--mlp", "24")
+    at = arguments.index("--data") + 2
+    arguments[at:at] = [str(other)]
+    assert main(arguments) == 0
+    ((found, read),) = seen
+    both = answers.read_answers(whole) + answers.read_answers(other)
+    assert len(found) == len(both) == 3 * len(PROMPTS)
+    for i, (ours, theirs) in enumerate(zip(found, both, strict=True)):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        assert len(read(i).log_normalizers) >= len(ours.tokens) - 1
+    alone = [
+        features.read_features(directory, out / name, layers=(1, -1))
+        for directory, name in ((whole, "features"), (other, "features-2"))
+    ]
+    for index, (which, place) in {0: (0, 0), 15: (0, 15), 16: (1, 0), 23: (1, 7)}.items():
+        wanted = alone[which][1](place)
+        np.testing.assert_array_equal(read(index).log_normalizers, wanted.log_normalizers)
+    capsys.readouterr()
+    assert main([*arguments, "--features", str(tmp_path / "one")]) == 2
+    assert "2 directories of data and 1 of features" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["train", "--help"], ["train", "data", "--help"]])
