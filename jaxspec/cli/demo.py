@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "sampling": jaxspec.Sampling(temperature=0),
         "max_new_tokens": arguments.max_new_tokens,
-        "num_draft_tokens": arguments.num_draft_tokens or (_NUM_LOOKED_UP if own is None else 4),
+        "num_draft_tokens": arguments.num_draft_tokens
+        or (_NUM_LOOKED_UP if own is None else running.num_drafted(own)),
     }
     weights = arguments.quantization or arguments.dtype
     running.put(f"{DEFAULT_MODEL}, {weights}, is asked:\n\n{_indented(PROMPT)}\n\n")

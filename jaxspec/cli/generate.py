@@ -22,7 +22,6 @@ from jaxspec.loop import paid_widths
 from jaxspec.types import Policy
 
 _NUM_LOOKED_UP = {None: 4, "int8": 2}  # as far as verifying costs almost nothing
-_NUM_DRAFTED = 4
 _COSTS = {
     None: ((1, 5, 8, 11), (1.0, 1.06, 1.1, 1.2)),
     "int8": ((1, 3, 5, 8, 11), (1.0, 1.13, 1.4, 2.1, 2.6)),
@@ -51,9 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     drafter = _drafter(arguments, target)
     is_lookup = drafter is None or isinstance(drafter, PromptLookup)
     num_draft_tokens = arguments.num_draft_tokens or (
-        _NUM_LOOKED_UP[arguments.quantization]
-        if is_lookup
-        else min(_NUM_DRAFTED, getattr(drafter, "max_draft_tokens", _NUM_DRAFTED))
+        _NUM_LOOKED_UP[arguments.quantization] if is_lookup else running.num_drafted(drafter)
     )
     options: dict[str, Any] = {
         "drafter": drafter,

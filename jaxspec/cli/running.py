@@ -20,6 +20,8 @@ from jaxspec import arguments
 from jaxspec.cli.errors import INTERRUPTED, told_to_the_user
 from jaxspec.generate import prefill, result, run
 
+_NUM_DRAFTED = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Written:
@@ -118,6 +120,11 @@ def load_model(name: str, dtype: str, quantization: str | None) -> jaxspec.Langu
         from jaxspec_models import load_model
 
         return load_model(name, dtype=dtype, quantization=quantization)
+
+
+def num_drafted(drafter: Any) -> int:
+    """How many tokens a model or a trained drafter proposes at a time, unless the user says."""
+    return min(_NUM_DRAFTED, getattr(drafter, "max_draft_tokens", _NUM_DRAFTED))
 
 
 def encode(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:

@@ -36,6 +36,15 @@ def add(commands: Any) -> None:
     _add_train_drafter(subcommands)
 
 
+def _add_target(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument(
+        "--target",
+        metavar="NAME_OR_PATH",
+        default=common.DEFAULT_MODEL,
+        help=f"{meaning} (default: %(default)s)",
+    )
+
+
 def _add_train_prompts(commands: Any) -> None:
     parser = commands.add_parser(
         "prompts",
@@ -46,12 +55,7 @@ def _add_train_prompts(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(run=_run_train_prompts)
-    parser.add_argument(
-        "--target",
-        metavar="NAME_OR_PATH",
-        default=common.DEFAULT_MODEL,
-        help="the model that the drafter is for (default: %(default)s)",
-    )
+    _add_target(parser, "the model that the drafter is for")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL, a prompt a line")
     common.add_count(parser, "--count", 5000, "prompts that are wanted")
     parser.add_argument(
@@ -77,12 +81,7 @@ def _add_train_data(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(run=_run_train_data)
-    parser.add_argument(
-        "--target",
-        metavar="NAME_OR_PATH",
-        default=common.DEFAULT_MODEL,
-        help="the model that answers, and that the drafter is for (default: %(default)s)",
-    )
+    _add_target(parser, "the model that answers, and that the drafter is for")
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -133,12 +132,7 @@ def _add_train_drafter(commands: Any) -> None:
         help="block: all drafts from one forward; eagle3: one layer that goes on from the model's "
         "own states; student: some of the model's layers (default: %(default)s)",
     )
-    parser.add_argument(
-        "--target",
-        metavar="NAME_OR_PATH",
-        default=common.DEFAULT_MODEL,
-        help="the model that answered (default: %(default)s)",
-    )
+    _add_target(parser, "the model that answered")
     parser.add_argument(
         "--data",
         metavar="DIRECTORY",

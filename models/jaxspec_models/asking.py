@@ -20,16 +20,26 @@ import jaxspec
 from jaxspec_models.files import write_atomically
 
 _PLACE = "PLACE-OF-THE-USER"
+_MOST_IN_VAIN = 1000
 
 
 def user_turn(tokenizer: Any) -> list[int]:
-    """The chat template up to where a user's first words stand, as ids.
+    r"""The chat template up to where a user's first words stand, as ids.
 
     Args:
       tokenizer: one with a chat template.
 
     Raises:
       ValueError: there is no template, or it does not repeat what a user says.
+
+    Example:
+      >>> class Letters:
+      ...     def apply_chat_template(self, messages, **unused):
+      ...         return f"user: {messages[0]['content']}\nassistant:"
+      ...     def encode(self, text, add_special_tokens):
+      ...         return [ord(letter) for letter in text]
+      >>> user_turn(Letters()) == [ord(letter) for letter in "user: "]
+      True
     """
     messages = [{"role": "user", "content": _PLACE}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
@@ -67,14 +77,15 @@ def write_prompts(
       max_prompt_tokens: what has not ended by then is left out.
       batch: attempts at a time.
       seed: another seed, other prompts.
-      on_progress: called with the prompts there are, and how many are wanted.
+      on_progress: called with the prompts there are, and how many are wanted; never, where nothing
+        is left to do.
 
     Returns:
       How many there are.
 
     Raises:
       ValueError: the file holds something else, the model has no EOS token or no chat template, or
-        hardly anything that it says ends.
+        a thousand attempts and more bring nothing whole and new; what was kept stays.
       OSError: the file cannot be written.
     """
     path, first = Path(path), user_turn(tokenizer)
@@ -85,7 +96,7 @@ def write_prompts(
     number = kept[-1]["number"] + 1 if kept else 0
     known = {row["prompt"] for row in kept}
     key = jax.random.key(seed, impl="threefry2x32")
-    num_tried = 0
+    num_in_vain, has_begun = 0, len(kept) < count
     while len(kept) < count:
         on_progress(len(kept), count)
         numbers = np.arange(number, number + batch, dtype=np.uint32)
@@ -98,17 +109,23 @@ def write_prompts(
         )
         tokens, lengths = np.asarray(generation.tokens), np.asarray(generation.lengths)
         has_ended = np.asarray(generation.status) == jaxspec.status.EOS
+        num_in_vain += batch
         for row in np.flatnonzero(has_ended):
             text = _said(tokenizer, tokens[row, : lengths[row] - 1].tolist())
             if text and text not in known and len(kept) < count:
                 known.add(text)
+                num_in_vain = 0
                 kept.append({"prompt": text, "source": drawn, "number": int(numbers[row])})
-        number, num_tried = number + batch, num_tried + batch
-        if num_tried >= 1000 and not known:
-            raise ValueError("nothing of what the model says as a user ends; raise the limit.")
+        number += batch
+        if num_in_vain >= _MOST_IN_VAIN:
+            raise ValueError(
+                f"the last {num_in_vain} attempts brought nothing whole and new, beside the "
+                f"{len(kept)} prompts in {path}; raise max_prompt_tokens or the temperature."
+            )
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         write_atomically(path, lines.encode())
-    on_progress(len(kept), count)
+    if has_begun:
+        on_progress(len(kept), count)
     return len(kept)
 
 

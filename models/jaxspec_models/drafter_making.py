@@ -103,16 +103,14 @@ def make_drafter(
             "its own."
         )
     taps = config.tapped_layers or tapped_layers(config.target.num_hidden_layers)
-    parts_found = []
+    several = []
     for source, stored in zip(sources, stores, strict=True):
         features.write_features(
             target, source, stored, layers=(*taps, -1), weights=weights,
             on_progress=lambda done, total: on_stage("features", done, total),
         )  # fmt: skip
-        parts_found.append(
-            features.read_features(source, stored, layers=(*config.tapped_layers, -1))
-        )
-    found, read = _joined(parts_found)
+        several.append(features.read_features(source, stored, layers=(*config.tapped_layers, -1)))
+    found, read = _joined(several)
     out.mkdir(parents=True, exist_ok=True)
     draft_ids = _vocabulary(out / "vocabulary.json", found, config)
     texts = drafter_training.Texts(found, read, settings)

@@ -151,10 +151,15 @@ class Texts:
         return -(-max(1, self._settings.tokens_a_part // width) // devices) * devices
 
     def _stacked(
-        self, width: int, chosen: Sequence[int], rng: np.random.Generator, **options: bool
+        self,
+        width: int,
+        chosen: Sequence[int],
+        rng: np.random.Generator,
+        *,
+        in_stretches: bool = False,
     ) -> learning.Part:
-        parts, rows = self._settings.parts_a_step, self._rows(width)
-        return self._arrays(width, chosen, parts, rows, rng, **options)
+        num_parts, rows = self._settings.parts_a_step, self._rows(width)
+        return self._arrays(width, chosen, num_parts, rows, rng, in_stretches=in_stretches)
 
     def _arrays(
         self,
@@ -184,10 +189,11 @@ class Texts:
             log_normalizers[row, :length] = features[row].log_normalizers
             first[row], temperatures[row] = _first_anchor(answer), answer.temperature
             count = length - 1 - first[row]
-            places = rng.permutation(count)[:num_anchors]
             if in_stretches:
                 begin = rng.integers(max(count - num_anchors, 0) + 1)
                 places = begin + np.arange(min(count, num_anchors))
+            else:
+                places = rng.permutation(count)[:num_anchors]
             anchors[row, : len(places)] = first[row] + places
         whole: Any = (
             tokens, hidden[:, :, :-1], hidden[:, :, -1], log_normalizers, first, lengths, anchors,

@@ -2,10 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.checkpoints import byte_tokenizer, write_model
+from support.checkpoints import BYTES, byte_tokenizer, write_model
 
+import jaxspec
 import jaxspec_models
 from jaxspec_models import answers, asking
 from jaxspec_models.tokenizer import TextTokenizer
@@ -64,9 +67,51 @@ def test_it_goes_on_where_it_was(loaded, whole, tmp_path, batch):
     assert [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
+def test_no_attempt_is_made_twice(loaded, tmp_path, monkeypatch):
+    """What was tried before an interruption is not tried again."""
+    keys, generate = [], jaxspec.generate
+
+    def counted(*arguments, **options):
+        keys.extend(map(tuple, jax.random.key_data(options["key"]).tolist()))
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(jaxspec, "generate", counted)
+    path = tmp_path / "prompts.jsonl"
+    write(loaded, path, count=5, batch=1)
+    first = len(keys)
+    write(loaded, path, batch=1)
+    assert first < len(keys) == len(set(keys))
+
+
+def test_nothing_new_is_an_end(loaded, tmp_path):
+    """A model that says the same again and again: what it has said is kept, once."""
+    path = tmp_path / "prompts.jsonl"
+    with pytest.raises(ValueError, match=r"the 1 prompts in .* raise max_prompt_tokens"):
+        write((ending(loaded[0]), loaded[1]), path, temperature=1e-3, batch=250)
+    assert len(answers.read_prompts(path)) == 1
+
+
+def ending(model):
+    """The model, whose likeliest token is "a", and behind it the EOS."""
+
+    def apply(params, tokens, cache, *, start):
+        del start
+        return jaxspec.ModelOutput(params[tokens]), cache
+
+    logits = np.zeros((model.vocab_size, model.vocab_size), np.float32)
+    letter = BYTES.index("a")
+    logits[:, letter] = 10.0
+    logits[letter, 256] = 20.0
+    return jaxspec.LanguageModel(
+        jnp.asarray(logits), apply, lambda *_: (), vocab_size=model.vocab_size, eos_ids=(256,)
+    )
+
+
 def test_once_there_nothing_is_left_to_do(loaded, whole):
     before = whole.stat().st_mtime_ns
-    assert write(loaded, whole, count=10) == 12
+    told = []
+    assert write(loaded, whole, count=10, on_progress=lambda *now: told.append(now)) == 12
+    assert not told
     assert whole.stat().st_mtime_ns == before
 
 
@@ -99,7 +144,7 @@ def test_what_never_ends_is_told(loaded, tmp_path):
     with pytest.raises(ValueError, match="no EOS token"):
         write((model.replace(eos_ids=()), tokenizer), tmp_path / "a")
     never = model.replace(eos_ids=(model.vocab_size,))  # an id that is never drawn
-    with pytest.raises(ValueError, match="raise the limit"):
+    with pytest.raises(ValueError, match="nothing whole and new"):
         write((never, tokenizer), tmp_path / "a", batch=500, max_prompt_tokens=2)
 
 

@@ -249,19 +249,22 @@ def test_tokens_a_step_are_those_of_generate(learned, whole):
         learning.next_tokens(part, learned.frozen)[jnp.arange(len(slots))[:, None, None], slots],
     )  # fmt: skip
     passes = np.asarray(judged.is_same & exists)
+    begins, _ = learning.rounds_along(jnp.asarray(passes, jnp.float32), exists)
     checked = 0
     for row in np.flatnonzero((np.asarray(part.temperature) == 0) & (np.asarray(part.length) > 0)):
         first, length = int(part.first[row]), int(part.length[row])
-        at, rounds = first, 0
+        at, starts = first, []
         while at < length - 1:
+            starts.append(at - first)
             at += 1 + int(np.cumprod(passes[row, at - first]).sum())
-            rounds += 1
+        found = np.flatnonzero(np.asarray(begins[row, : length - 1 - first]))
+        assert found.tolist() == [start for start in starts if start >= K]
         out = jaxspec.generate(
             trained.TARGET, part.tokens[row : row + 1, : first + 1], drafter=drafter,
             num_draft_tokens=K, max_new_tokens=length - 1 - first,
             sampling=jaxspec.Sampling(temperature=0),
         )  # fmt: skip
-        assert int(out.stats.num_spec_steps[0]) == rounds
+        assert int(out.stats.num_spec_steps[0]) == len(starts)
         checked += 1
     assert checked == 2
 
@@ -314,14 +317,14 @@ def test_rounds_are_told_apart_by_temperature():
     half = jnp.full((3, 5, 1), 0.5)
     anchors = jnp.arange(5)[None] + jnp.asarray([[2], [7], [4]])
     anchors = anchors.at[2, 1].set(3)  # another order: no stretch
-    exists = jnp.ones((3, 5, 1), bool).at[0, 4].set(False)
+    exists = jnp.ones((3, 5, 1), bool).at[:2, 4].set(False)
     found = learning.metrics(
         part_of([0.0, 1.0, 0.0], anchors=anchors, length=jnp.asarray([8, 50, 50])),
         learning.Judged(half, right, half), exists,
     )  # fmt: skip
-    # Rounds begin at 0 (left out), 2 and 3; at 4 none does, nor would it be whole.
+    # Greedily, rounds begin at 0, 2 and 3. That at 0 is left out, and at 4 none would be whole.
     assert [float(x) for x in found["tokens_per_step_greedy"]] == [1 + 2, 2]
-    begins = np.array([1, 0.5, 0.75, 0.625, 0.6875])[1:].sum()
+    begins = np.array([1, 0.5, 0.75, 0.625, 0.6875])[1:4].sum()
     np.testing.assert_allclose(found["tokens_per_step_sampled"], [1.5 * begins, begins])
 
 

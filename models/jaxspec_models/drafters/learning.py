@@ -261,12 +261,15 @@ def metrics(
     is_window = jnp.all(stands_behind | ~is_block[:, 1:], axis=1)
     for name, temperature, passes in (
         ("greedy", 0.0, is_same),
-        ("sampled", 1.0, judged.ratio),
+        ("sampled", 1.0, lax.stop_gradient(judged.ratio)),
     ):
-        begins, emitted = rounds_along(passes, exists)
         counts = exists[:, :, -1] & (is_window & (part.temperature == temperature))[:, None]
-        weight = begins * counts.astype(jnp.float32)
-        found[f"tokens_per_step_{name}"] = (jnp.sum(weight * emitted), jnp.sum(weight))
+        counts &= jnp.arange(counts.shape[1])[None] >= exists.shape[2]  # see `rounds_along`
+        # A walk takes as many steps as there are anchors: none where they are scattered, to learn.
+        found[f"tokens_per_step_{name}"] = lax.cond(
+            jnp.any(counts), _of_rounds, lambda *_: (jnp.zeros(()), jnp.zeros(())),
+            passes, exists, counts.astype(jnp.float32),
+        )  # fmt: skip
     if predicted is not None:
         probability = jax.nn.sigmoid(predicted)
         tenth = jnp.minimum((probability * _BINS).astype(jnp.int32), _BINS - 1)
@@ -275,6 +278,12 @@ def metrics(
         for name, value in (("predicted", probability), ("accepted", judged.accepted)):
             found[name] = (jnp.sum(members * value[..., None], axis=(0, 1, 2)), number)
     return found
+
+
+def _of_rounds(passes: Array, exists: Array, counts: Array) -> tuple[Array, Array]:
+    begins, emitted = rounds_along(passes, exists)
+    weight = begins * counts
+    return jnp.sum(weight * emitted), jnp.sum(weight)
 
 
 def rounds_along(passes: Array, exists: Array) -> tuple[Array, Array]:
