@@ -126,30 +126,34 @@ def measure_costs(
         key=jax.random.key(0),
     )
     request, num_slots = prepared.request, prepared.engine.num_draft_tokens
-    timed = prepared.engine.replace(drafter=_Insistent(prepared.engine.drafter))
-    free = timed.replace(drafter=_Insistent(None))
+    engines = {
+        name: prepared.engine.replace(drafter=_Insistent(found))
+        for name, found in (("timed", prepared.engine.drafter), ("free", None))
+    }
 
-    def begin(engine: states.Engine, length: int) -> tuple[states.Engine, states.State]:
-        engine = engine.replace(policy=policies.fixed(length))
+    @functools.cache
+    def prefilled(engine: str) -> states.State:
         size = prepared.max_new_tokens
-        state = prefill(engine, request, prepared.prompts, max_new_tokens=size)
-        return engine, jax.block_until_ready(state)
+        return prefill(engines[engine], request, prepared.prompts, max_new_tokens=size)
 
-    def rounds(engine: states.Engine, length: int) -> float:
-        engine, state = begin(engine, length)
+    def begin(engine: str) -> states.State:  # a copy: the loop takes what it is given
+        return jax.block_until_ready(jax.tree.map(jnp.copy, prefilled(engine)))
+
+    def rounds(name: str, length: int) -> float:
+        engine, state = engines[name].replace(policy=policies.fixed(length)), begin(name)
         return _seconds(lambda: run(engine, request, state, num_rounds)) / num_rounds
 
     def forwards() -> float:
-        engine, state = begin(free, 0)
-        cache, start = state.cache, state.lengths - 1
-        return _seconds(lambda: _forwards(engine.target, cache, start, num_rounds)) / num_rounds
+        state = begin("free")
+        fed, cache, start = engines["free"].target, state.cache, state.lengths - 1
+        return _seconds(lambda: _forwards(fed, cache, start, num_rounds)) / num_rounds
 
     widths = loop.verification_widths(num_slots)
     parts: dict[Any, Callable[[], float]] = {"forward": forwards}
-    parts |= {width: functools.partial(rounds, timed, width - 1) for width in widths}
+    parts |= {width: functools.partial(rounds, "timed", width - 1) for width in widths}
     if num_slots:
-        parts |= {"free": functools.partial(rounds, free, num_slots)}
-        parts |= {"free, plain": functools.partial(rounds, free, 0)}
+        parts |= {"free": functools.partial(rounds, "free", num_slots)}
+        parts |= {"free, plain": functools.partial(rounds, "free", 0)}
     seconds = _typical(parts, repeats, reference=widths[0])
 
     draft = 0.0

@@ -127,10 +127,10 @@ def _add_train_drafter(commands: Any) -> None:
     parser.set_defaults(run=_run_train_drafter)
     parser.add_argument(
         "--method",
-        choices=("block", "eagle3", "student"),
-        default="block",
-        help="block: all drafts from one forward; eagle3: one layer that goes on from the model's "
-        "own states; student: some of the model's layers (default: %(default)s)",
+        choices=("eagle3", "block", "student"),
+        default="eagle3",
+        help="eagle3: one layer that goes on from the model's own states; block: all drafts from "
+        "one forward; student: some of the model's layers (default: %(default)s)",
     )
     _add_target(parser, "the model that answered")
     parser.add_argument(
@@ -167,8 +167,8 @@ def _add_train_drafter(commands: Any) -> None:
         help="student: the model's layers it begins with, from 0 (default: spread evenly)",
     )
     for name, default, meaning in (
-        ("--cross-entropy", 0.1, "cross-entropy"),
-        ("--total-variation", 1.8, "the probability that a draft is rejected"),
+        ("--cross-entropy", 1.0, "cross-entropy"),
+        ("--total-variation", 1.0, "the probability that a draft is rejected"),
         ("--lk-lambda", 0.0, "KL and that probability, mixed by how far it has come"),
     ):
         parser.add_argument(
@@ -191,7 +191,7 @@ def _add_train_drafter(commands: Any) -> None:
         "--learning-rate",
         metavar="F",
         type=common.number(float, lambda x: x > 0, "above 0"),
-        default=1e-3,
+        default=1.5e-3,
         help="at its highest (default: %(default)s)",
     )
     common.add_seed(parser)

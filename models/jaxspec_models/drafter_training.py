@@ -58,7 +58,7 @@ class Settings:
     parts_a_step: int = 1
     anchors_a_text: int = 16
     objective: learning.Objective = dataclasses.field(default_factory=learning.Objective)
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     num_warmup_steps: int = 100
     weight_decay: float = 0.01
     dtype: str = "float32"

@@ -139,7 +139,9 @@ def training(target, data, out, *more):
 def test_a_drafter_of_the_answers(whole, target, tmp_path, capsys):
     """Answers, features, steps and a directory that loads; once more, nothing is left to do."""
     out = tmp_path / "drafter"
-    arguments = training(target, whole, out, "--mlp", "24", "--markov-rank", "4")
+    arguments = training(
+        target, whole, out, "--method", "block", "--mlp", "24", "--markov-rank", "4"
+    )
     assert main(arguments) == 0
     captured = capsys.readouterr()
     assert f"a drafter in {out}: step 3, " in captured.out

@@ -60,20 +60,42 @@ def test_training_makes_drafts_better(learned, params, method):
         assert trained.tokens_per_step(new, temperature) > old + 0.1
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Sampled answers to prompts that nothing was learned from, as whole stretches."""
+    settings = trained.with_settings(anchors_a_text=128)
+    found = trained.write(
+        tmp_path_factory.mktemp("others"),
+        range(1000, 1512),
+        settings,
+        temperatures=(1.0,),
+        batch=128,
+    )
+    for texts in found.texts.values():
+        texts.held_out = [*texts.held_out, *texts.learned]
+    return found
+
+
 @pytest.mark.parametrize("method", ALL)
-def test_a_round_accepts_what_training_promised(learned, params, method):
-    """The acceptance of the first draft, on held-out prompts, is that of the log."""
-    drafter = trained.drafter(learned, params(method), method)
-    texts = learned.texts[method]
-    prompts = [texts._found[i].tokens[:6] for i in texts.held_out]
+def test_a_round_emits_what_an_evaluation_promises(learned, params, others, method):
+    """Tokens a round at temperature 1.
+
+    Texts differ in it by 0.6 (standard deviation): the means of 512 of them and of other answers to
+    the same prompts differ by at most 0.12 (three deviations). Evaluation leaves out the first and
+    the last K tokens; in `generate` a row's last round, one of fifteen to twenty, is cut short by
+    up to K tokens, and its first ones are among the hardest: 0.13 in 1,024 texts.
+    """
+    evaluate = drafter_training._make_evaluation(
+        drafter_training._loss(SHAPES[method], learning.Objective())
+    )
+    promised = evaluate(params(method), others.texts[method], learned.frozen)
+    prompts = np.stack([answer.tokens[:6] for answer in others.texts[method]._found])
     out = jaxspec.generate(
-        TARGET, jnp.asarray(np.stack(prompts * 32)), drafter=drafter, num_draft_tokens=K,
-        max_new_tokens=34, key=jax.random.key(0),
+        TARGET, jnp.asarray(prompts), drafter=trained.drafter(learned, params(method), method),
+        num_draft_tokens=K, max_new_tokens=40, key=jax.random.key(0),
     )  # fmt: skip
-    histogram = np.sum(out.stats.acceptance_histogram, axis=0)
-    rate = 1 - histogram[0] / np.sum(histogram)
-    promised = params.found[method, "log"]["acceptance_1"]
-    assert abs(rate - promised) < 0.08
+    emitted, rounds = out.stats.num_emitted_tokens, out.stats.num_spec_steps
+    assert abs(emitted.sum() / rounds.sum() - promised["tokens_per_step_sampled"]) < 0.12 + 0.13
 
 
 @pytest.mark.parametrize("method", READERS)

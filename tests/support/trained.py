@@ -59,12 +59,11 @@ class Learned(NamedTuple):
     frozen: learning.Frozen
 
 
-def write(root) -> Learned:
-    """Lets the target answer 64 prompts."""
-    prompts = ["".join(map(chr, np.random.default_rng(i).integers(97, 122, 6))) for i in range(64)]
-    answers.write_answers(
-        TARGET, Tokenizer(), prompts, root / "answers", target="tiny", max_new_tokens=40, batch=32
-    )
+def write(root, prompts=range(64), settings=SETTINGS, **options) -> Learned:
+    """Lets the target answer prompts, told apart by their numbers."""
+    prompts = ["".join(map(chr, np.random.default_rng(i).integers(97, 122, 6))) for i in prompts]
+    options = {"max_new_tokens": 40, "batch": 32, **options}
+    answers.write_answers(TARGET, Tokenizer(), prompts, root / "answers", target="tiny", **options)
     features.write_features(
         TARGET, root / "answers", root / "features", layers=LAYERS, weights="float32"
     )
@@ -73,7 +72,7 @@ def write(root) -> Learned:
         found, read = features.read_features(
             root / "answers", root / "features", layers=(*shape.tapped_layers, -1)
         )
-        texts[method] = drafter_training.Texts(found, read, SETTINGS)
+        texts[method] = drafter_training.Texts(found, read, settings)
     ids = parts.draft_vocabulary(
         [a.tokens[a.prompt_length :] for a in found], 24, vocab_size=V, always=(3,)
     )

@@ -90,8 +90,8 @@ class Objective:
       slot_decay: the weight of each draft of a block over that of the one before it.
     """
 
-    cross_entropy: float = 0.1
-    total_variation: float = 1.8
+    cross_entropy: float = 1.0
+    total_variation: float = 1.0
     lk_lambda: float = 0.0
     confidence: float = 1.0
     slot_decay: float = 0.85
