@@ -43,13 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "sampling": jaxspec.Sampling(temperature=0),
         "max_new_tokens": arguments.max_new_tokens,
-        "num_draft_tokens": arguments.num_draft_tokens
-        or (_NUM_LOOKED_UP if own is None else running.num_drafted(own)),
+        "num_draft_tokens": arguments.num_draft_tokens or _NUM_LOOKED_UP,
     }
     weights = arguments.quantization or arguments.dtype
     running.put(f"{DEFAULT_MODEL}, {weights}, is asked:\n\n{_indented(PROMPT)}\n\n")
 
-    drafting = options | {"drafter": own or jaxspec.drafters.prompt_lookup()}
+    drafting = options | {"drafter": jaxspec.drafters.prompt_lookup()}
+    if own is not None:
+        drafting |= running.drafting(own, arguments.num_draft_tokens, arguments.quantization)
     compile_seconds = [running.compile_programs(target, prompt_ids, **drafting)]
     name = "prompt lookup" if own is None else "the drafter that was trained for it"
     running.put(f"It answers, several tokens per forward ({name}):\n\n")

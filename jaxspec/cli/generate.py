@@ -11,23 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxspec
 from jaxspec.cli import running
 from jaxspec.cli.errors import UserError, told_to_the_user
-from jaxspec.drafters.prompt_lookup import PromptLookup
-from jaxspec.loop import paid_widths
-from jaxspec.types import Policy
-
-_NUM_LOOKED_UP = {None: 4, "int8": 2}  # as far as verifying costs almost nothing
-_COSTS = {
-    None: ((1, 5, 8, 11), (1.0, 1.06, 1.1, 1.2)),
-    "int8": ((1, 3, 5, 8, 11), (1.0, 1.13, 1.4, 2.1, 2.6)),
-}
-"""Tokens of a target forward, and its time over that of one token's, by quantisation: measured on
-2 cores with smollm2-135m (benchmarks/README.md). `jaxspec.measure_costs` takes a minute."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,18 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
     prompt_ids = running.encode(tokenizer, prompt, is_chat=arguments.chat)
     target = running.load_model(arguments.model, arguments.dtype, arguments.quantization)
     drafter = _drafter(arguments, target)
-    is_lookup = drafter is None or isinstance(drafter, PromptLookup)
-    num_draft_tokens = arguments.num_draft_tokens or (
-        _NUM_LOOKED_UP[arguments.quantization] if is_lookup else running.num_drafted(drafter)
-    )
     options: dict[str, Any] = {
-        "drafter": drafter,
-        "policy": _policy(arguments, num_draft_tokens, is_lookup=is_lookup),
+        **running.drafting(drafter, arguments.num_draft_tokens, arguments.quantization),
         "sampling": dataclasses.replace(
             sampling_options(arguments), grammar=_grammar(arguments, tokenizer, target)
         ),
         "max_new_tokens": arguments.max_new_tokens,
-        "num_draft_tokens": num_draft_tokens,
         "key": jax.random.key(arguments.seed, impl="threefry2x32"),
     }
     load_seconds = time.perf_counter() - start
@@ -148,19 +130,6 @@ def _drafter(arguments: argparse.Namespace, target: jaxspec.LanguageModel) -> An
         from jaxspec_models import load_drafter
 
         return load_drafter(arguments.drafter, target)
-
-
-def _policy(arguments: argparse.Namespace, num_draft_tokens: int, *, is_lookup: bool) -> Policy:
-    """Of text that is looked up, as much as pays; a model's drafts always, while they pay."""
-    if not is_lookup:
-        return jaxspec.policies.guarded(jaxspec.policies.fixed(num_draft_tokens))
-    tokens, seconds = _COSTS[arguments.quantization]
-    profile = jaxspec.Profile(
-        verify=jnp.asarray(np.interp(paid_widths(num_draft_tokens), tokens, seconds), jnp.float32),
-        draft=jnp.float32(0.005),
-        overhead=jnp.float32(0.03),
-    )
-    return jaxspec.policies.guarded(jaxspec.policies.goodput(profile))
 
 
 def _grammar(

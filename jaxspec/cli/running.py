@@ -18,9 +18,21 @@ import numpy as np
 import jaxspec
 from jaxspec import arguments
 from jaxspec.cli.errors import INTERRUPTED, told_to_the_user
+from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.generate import prefill, result, run
+from jaxspec.loop import paid_widths
+from jaxspec.types import Policy
 
 _NUM_DRAFTED = 4
+_NUM_LOOKED_UP = {None: 4, "int8": 2}  # as far as verifying costs almost nothing
+_COSTS = {
+    None: ((1, 5, 8, 11), (1.0, 1.06, 1.1, 1.2)),
+    "int8": ((1, 3, 5, 8, 11), (1.0, 1.13, 1.4, 2.1, 2.6)),
+}
+"""Tokens of a target forward, and its time over that of one token's, by quantisation: measured on
+2 cores with smollm2-135m (benchmarks/README.md). `jaxspec.measure_costs` takes a minute."""
+_LOOKUP_COST, _TRAINED_COST = 0.005, 0.06
+"""Of a draft, likewise; what was trained for the target is some layers of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +134,37 @@ def load_model(name: str, dtype: str, quantization: str | None) -> jaxspec.Langu
         return load_model(name, dtype=dtype, quantization=quantization)
 
 
-def num_drafted(drafter: Any) -> int:
-    """How many tokens a model or a trained drafter proposes at a time, unless the user says."""
-    return min(_NUM_DRAFTED, getattr(drafter, "max_draft_tokens", _NUM_DRAFTED))
+def drafting(
+    drafter: Any, num_draft_tokens: int | None, quantization: str | None
+) -> dict[str, Any]:
+    """How much is drafted: of text that is looked up, and by what was trained, as much as pays.
+
+    A model's drafts always, while they pay: what they cost, nobody has measured.
+
+    Args:
+      drafter: what drafts, or None.
+      num_draft_tokens: the most tokens at a time; None: what suits the drafter.
+      quantization: of the target.
+
+    Returns:
+      Options of `jaxspec.generate`.
+    """
+    is_lookup = drafter is None or isinstance(drafter, PromptLookup)
+    own: int | None = getattr(drafter, "max_draft_tokens", None)
+    if num_draft_tokens is None:
+        num_draft_tokens = _NUM_LOOKED_UP[quantization] if is_lookup else own or _NUM_DRAFTED
+    policy: Policy = jaxspec.policies.fixed(num_draft_tokens)
+    if is_lookup or own is not None:
+        tokens, seconds = _COSTS[quantization]
+        verify = np.interp(paid_widths(num_draft_tokens), tokens, seconds)
+        costs = (verify, _LOOKUP_COST if is_lookup else _TRAINED_COST, 0.03)
+        profile = jaxspec.Profile(*(jnp.asarray(cost, jnp.float32) for cost in costs))
+        policy = jaxspec.policies.goodput(profile)
+    return {
+        "drafter": drafter,
+        "num_draft_tokens": num_draft_tokens,
+        "policy": jaxspec.policies.guarded(policy),
+    }
 
 
 def encode(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:
