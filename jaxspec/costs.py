@@ -132,12 +132,12 @@ def measure_costs(
     }
 
     @functools.cache
-    def prefilled(engine: str) -> states.State:
+    def prefilled(name: str) -> states.State:
         size = prepared.max_new_tokens
-        return prefill(engines[engine], request, prepared.prompts, max_new_tokens=size)
+        return prefill(engines[name], request, prepared.prompts, max_new_tokens=size)
 
-    def begin(engine: str) -> states.State:  # a copy: the loop takes what it is given
-        return jax.block_until_ready(jax.tree.map(jnp.copy, prefilled(engine)))
+    def begin(name: str) -> states.State:  # a copy: the loop takes what it is given
+        return jax.block_until_ready(jax.tree.map(jnp.copy, prefilled(name)))
 
     def rounds(name: str, length: int) -> float:
         engine, state = engines[name].replace(policy=policies.fixed(length)), begin(name)

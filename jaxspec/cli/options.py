@@ -104,7 +104,7 @@ def _add_demo(commands: Any) -> None:
     parser.set_defaults(run=_run_demo)
     common.add_dtype(parser)
     common.add_max_new_tokens(parser, 96)
-    common.add_num_draft_tokens(parser, "7")
+    common.add_num_draft_tokens(parser, "7, or as many as a drafter was trained for")
 
 
 def _add_generate(commands: Any) -> None:
@@ -140,7 +140,11 @@ def _add_generate(commands: Any) -> None:
         "output already; a directory of jaxspec train drafter; none; or auto, what was trained for "
         "the model and comes with it, or else prompt-lookup (default: %(default)s)",
     )
-    common.add_num_draft_tokens(models, "4, or 2 for prompt lookup with --quantization int8")
+    common.add_num_draft_tokens(
+        models,
+        "as many as a drafter was trained for; else 4, or 2 for prompt lookup with --quantization "
+        "int8",
+    )
     common.add_dtype(models)
 
     prompt = parser.add_argument_group("prompt")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,14 @@ from support.checkpoints import byte_tokenizer, write_model
 
 import jaxspec
 import jaxspec_models
+from jaxspec import drafters
 from jaxspec.cli import generate as generate_command
 from jaxspec.cli import main, running
 from jaxspec.cli.errors import UserError, told_to_the_user
 from jaxspec.cli.options import parse
+from jaxspec.policies.fixed import Fixed
+from jaxspec.policies.goodput import Goodput
+from jaxspec.policies.guarded import Guarded
 from jaxspec_models import drafter_making
 from jaxspec_models.drafters import block
 from jaxspec_models.drafters.directory import save_drafter
@@ -362,6 +367,30 @@ def test_a_trained_drafter_is_used(models, ask, tmp_path):
     error = ask("--prompt", "a goose", "--drafter", str(tmp_path), expected_code=2)
     assert error == ""
     assert "holds no drafter" in ask.stderr
+
+
+@pytest.mark.parametrize(
+    ("drafter", "quantization", "count", "policy"),
+    [
+        (drafters.prompt_lookup(), None, 4, Goodput),
+        (drafters.prompt_lookup(), "int8", 2, Goodput),
+        (drafters.model(table_model(np.zeros((4, 4), np.float32))), "int8", 4, Fixed),
+        (types.SimpleNamespace(max_draft_tokens=6), "int8", 6, Goodput),
+    ],
+    ids=["lookup", "lookup, int8", "model", "trained"],
+)
+def test_how_much_is_drafted(drafter, quantization, count, policy):
+    """As much as pays where costs are known; what was trained costs more than a lookup."""
+    found = running.drafting(drafter, None, quantization)
+    assert found["num_draft_tokens"] == count
+    assert isinstance(found["policy"], Guarded)
+    assert isinstance(found["policy"].policy, policy)
+    assert running.drafting(drafter, 3, quantization)["num_draft_tokens"] == 3
+    if policy is Goodput:
+        costs = found["policy"].policy.profile
+        assert costs.verify.shape == (count + 1,)
+        is_trained = hasattr(drafter, "max_draft_tokens")
+        assert float(costs.draft) == pytest.approx(0.06 if is_trained else 0.005)
 
 
 def test_sampling_options_reach_generate(ask, monkeypatch):

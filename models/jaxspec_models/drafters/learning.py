@@ -267,7 +267,7 @@ def metrics(
         counts &= jnp.arange(counts.shape[1])[None] >= exists.shape[2]  # see `rounds_along`
         # A walk takes as many steps as there are anchors: none where they are scattered, to learn.
         found[f"tokens_per_step_{name}"] = lax.cond(
-            jnp.any(counts), _of_rounds, lambda *_: (jnp.zeros(()), jnp.zeros(())),
+            jnp.any(counts), _of_rounds, lambda *_: (jnp.zeros((), jnp.float32),) * 2,
             passes, exists, counts.astype(jnp.float32),
         )  # fmt: skip
     if predicted is not None:
