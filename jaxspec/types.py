@@ -258,11 +258,14 @@ class Signals(NamedTuple):
       slot: i32[B], the index of the slot about to be drafted, 0 … K - 1.
       log_probs: f32[B, V], the distribution it will be drawn from.
       hidden: the drafter's own hidden states [B, D] there, or None.
+      acceptance: f32[B], the drafter's prediction of the probability that this draft and all
+        before it in the round are accepted; None: it predicts nothing.
     """
 
     slot: Array
     log_probs: Array
     hidden: Array | None = None
+    acceptance: Array | None = None
 
 
 class Outcome(NamedTuple):

@@ -3,7 +3,8 @@
 Each public name is a factory: `drafters.prompt_lookup()` returns a `jaxspec.types.Drafter`.
 """
 
+from jaxspec.drafters.fallback import fallback as fallback
 from jaxspec.drafters.model import model as model
 from jaxspec.drafters.prompt_lookup import prompt_lookup as prompt_lookup
 
-__all__ = ["model", "prompt_lookup"]
+__all__ = ["fallback", "model", "prompt_lookup"]

@@ -44,6 +44,7 @@ class _Progress(NamedTuple):
     num_known: Array  # i32[B], length of the text with the drafts
     log_probs: Array | None  # f32[B, K, V]
     is_open: Array  # bool[B], whether the row drafts on
+    acceptance: Array  # f32[B], predicted, of all drafts so far
 
 
 @pytree.dataclass
@@ -137,10 +138,12 @@ class ModelDrafter:
             prefix = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (num_slots,)))(
                 progress.tokens, context.lengths
             )
-            scores = processing.process_rows(
+            scores, report = processing.process_rows(
                 output.logits[:, 0], options, history, prefix, slot
-            ).log_probs
-            goes_on = keep_drafting(Signals(slot, scores))
+            )
+            # The highest probability is near the acceptance rate (EAGLE-2, arXiv 2406.16858).
+            acceptance = progress.acceptance * jnp.exp(jnp.max(report, axis=-1))
+            goes_on = keep_drafting(Signals(slot, scores, acceptance=acceptance))
             if options.can_ban:  # where bans leave no token, there is nothing to draw
                 goes_on = goes_on & jnp.isfinite(jnp.max(scores, axis=-1))
             is_open = progress.is_open & (goes_on | ~has_next)
@@ -161,6 +164,7 @@ class ModelDrafter:
                 num_known=num_known,
                 log_probs=new_log_probs,
                 is_open=is_open & (num_known - context.lengths < num_draft),
+                acceptance=jnp.where(draws, acceptance, progress.acceptance),
             )
 
         cache, num_cached = self._catch_up(state, context, num_draft > 0)
@@ -174,6 +178,7 @@ class ModelDrafter:
                 num_known=context.lengths,
                 log_probs=log_probs,
                 is_open=num_draft > 0,
+                acceptance=jnp.ones((batch,), jnp.float32),
             ),
         )
         tokens = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (num_slots,)))(

@@ -13,6 +13,7 @@ from jaxspec import Context, Draft, Outcome, Verdict, drafters, sampling
 from jaxspec.testing import random_logits, table_model
 
 # The package gives factory and module one name: these are the modules.
+fallback_module = importlib.import_module("jaxspec.drafters.fallback")
 lookup_module = importlib.import_module("jaxspec.drafters.prompt_lookup")
 model_module = importlib.import_module("jaxspec.drafters.model")
 
@@ -357,3 +358,126 @@ def test_options_of_its_own_see_what_the_targets_see():
     lengths = np.asarray(out.lengths)
     assert lengths.min() >= 6
     np.testing.assert_array_equal(out.stats.num_spec_steps, -(-lengths // (K + 1)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Fallback.
+
+
+def check_fallback(module):
+    """Row by row what the first one drafts, else what the other would draft by itself."""
+    rng = np.random.default_rng(0)
+    rows, size = 40, 24
+    tokens = jnp.asarray(rng.integers(0, V, size=(rows, size)), jnp.int32)
+    lengths = jnp.asarray(rng.integers(4, size - K, size=rows))
+    num_draft = jnp.asarray(rng.integers(0, K + 1, size=rows))
+    options = sampling.resolve(jaxspec.Sampling(temperature=0.7), rows, V)
+    context = Context(tokens, lengths, options, sampling.recall(options, tokens, lengths))
+    lookup, model = drafters.prompt_lookup(2, 2), drafters.model(LM)
+    both = module.fallback(lookup, model)
+    zeros = jnp.zeros(rows, jnp.int32)
+
+    def drafted(drafter):
+        state = drafter.init(rows, size)
+        state = drafter.prefill(state, tokens[:, :8], (), zeros, jnp.minimum(lengths - 1, 8))
+        return jax.jit(lambda: drafter.propose(split_keys(rows), state, context, num_draft, always))
+
+    (copied, _), (drawn, _), (found, _) = (drafted(each)() for each in (lookup, model, both))
+    is_copied = np.asarray(copied.length) > 0
+    assert 5 < is_copied.sum() < np.sum(np.asarray(num_draft) > 0) - 5
+    np.testing.assert_array_equal(found.length, np.where(is_copied, copied.length, drawn.length))
+    for row, length in enumerate(found.length):
+        if is_copied[row]:
+            assert found.tokens[row, :length].tolist() == copied.tokens[row, :length].tolist()
+            law = jax.nn.one_hot(copied.tokens[row, :length], V)
+            np.testing.assert_array_equal(jnp.exp(found.log_probs[row, :length]), law)
+        else:
+            assert found.tokens[row, :length].tolist() == drawn.tokens[row, :length].tolist()
+            np.testing.assert_array_equal(
+                found.log_probs[row, :length], drawn.log_probs[row, :length]
+            )
+    check_no_forwards_are_wasted(module)
+
+
+def test_fallback_is_the_first_that_drafts():
+    check_fallback(fallback_module)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        ("jnp.where(found.length > 0, 0, num_draft)", "num_draft"),  # only slower
+        ("jnp.where(is_first, first.tokens, second.tokens)", "second.tokens"),
+        ("_laws_of(first, second.log_probs.shape[2])", "second.log_probs"),
+        ("is_first[:, 0], first.length, second.length", "is_first[:, 0], first.length, 0"),
+    ],
+)
+def test_planted_bugs_in_fallback(patch):
+    module = mutant("jaxspec.drafters.fallback", patch)
+    with pytest.raises(AssertionError):
+        check_fallback(module)
+
+
+def check_no_forwards_are_wasted(module):
+    """A model is not asked for rows that have a draft."""
+    texts = jnp.asarray([[1, 2, 3, 1, 2, 0, 0, 0, 0, 0], [4, 5, 4, 5, 4, 0, 0, 0, 0, 0]])
+    lengths = jnp.array([5, 5])
+    options = sampling.resolve(jaxspec.Sampling(temperature=0), 2, V)
+    context = Context(texts, lengths, options, sampling.recall(options, texts, lengths))
+    both = module.fallback(drafters.prompt_lookup(), drafters.model(LM))
+    draft, state = both.propose(split_keys(2), both.init(2, 16), context, jnp.array([3, 4]), always)
+    assert draft.length.tolist() == [3, 4]
+    assert int(state[1].cache["calls"]) == 0
+
+
+def test_hidden_states_go_to_who_asked_for_them():
+    class Asking:
+        def __init__(self, *layers):
+            self.hidden_layers = layers
+
+        def init(self, batch, capacity):
+            return "nothing"
+
+        def prefill(self, state, tokens, hidden, start, num_new):
+            return hidden
+
+        def propose(self, keys, state, context, num_draft, keep_drafting):
+            raise NotImplementedError
+
+        def commit(self, state, outcome):
+            return outcome.hidden
+
+    both = drafters.fallback(Asking(3, 1), drafters.prompt_lookup(), Asking(2))
+    assert both.hidden_layers == (3, 1, 2)
+    assert both.init(1, 8) == ("nothing", (), "nothing")
+    hidden = ("three", "one", "two")
+    seen = both.prefill(both.init(1, 8), None, hidden, None, None)
+    assert seen == (("three", "one"), (), ("two",))
+    outcome = Outcome(None, None, None, None, None, None, None, hidden)
+    assert both.commit(seen, outcome) == (("three", "one"), (), ("two",))
+
+
+def test_fallback_has_the_limits_of_all():
+    short = LM.replace(max_length=20)
+    both = drafters.fallback(drafters.prompt_lookup(), drafters.model(LM), drafters.model(short))
+    assert (both.vocab_size, both.max_length, both.max_draft_tokens) == (V, 20, None)
+    assert not both.is_anticipating
+    copying = drafters.fallback(drafters.prompt_lookup(4, 4), drafters.prompt_lookup())
+    assert (copying.vocab_size, copying.max_length) == (None, None)
+    target = table_model(random_logits(0, vocab_size=5, order=1), order=1)
+    out = jaxspec.generate(
+        target, [[1, 2, 1, 2]], drafter=copying, max_new_tokens=4, key=jax.random.key(0)
+    )
+    assert out.lengths.tolist() == [4]
+
+
+@pytest.mark.parametrize("bad", [(), (drafters.prompt_lookup(),)])
+def test_fallback_takes_two_or_more(bad):
+    with pytest.raises(ValueError, match="takes two drafters or more"):
+        drafters.fallback(*bad)
+
+
+@pytest.mark.parametrize("bad", [None, LM, drafters.prompt_lookup])
+def test_fallback_takes_drafters(bad):
+    with pytest.raises(ValueError, match="fallback takes drafters"):
+        drafters.fallback(drafters.prompt_lookup(), bad)

@@ -382,6 +382,14 @@ _MUTANTS = {
     "corrections counted as accepted": (
         _DISAGREE, ["temperature"], _in_loop((_ACCEPTED, "num_accepted=num_emitted")),
     ),
+    # several drafters
+    "a copied draft under the other drafter's law": (
+        _DISAGREE._replace(drafter="lookup, else a model"), ["temperature", "min-p"],
+        lambda: {"drafter": mutant(
+            "jaxspec.drafters.fallback",
+            ("_laws_of(first, second.log_probs.shape[2])", "second.log_probs"),
+        ).fallback(*matrix.DRAFTERS["lookup, else a model"]().drafters)},
+    ),
     # the draft cache
     "the draft cache misses a token behind a whole acceptance": (
         _EQUAL._replace(policy="heuristic"), ["temperature"], _in_drafter(
@@ -402,5 +410,5 @@ def test_planted_bug_is_caught(name, record_property):
 
 
 def test_enough_bugs_are_planted():
-    assert len(_MUTANTS) == 38  # as the documents say; never fewer than 16
+    assert len(_MUTANTS) == 39  # as the documents say; never fewer than 16
     assert all(options for _, options, _ in _MUTANTS.values())

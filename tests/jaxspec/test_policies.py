@@ -122,6 +122,54 @@ def test_policies_are_pytrees(policy):
     assert jax.jit(lambda p: p.num_draft(p.init(3)))(policy).tolist() == [leaves[0]] * 3
 
 
+def test_confidence_by_what_the_drafter_predicts():
+    policy = policies.confidence(0.4)
+    state = policy.init(3)
+    assert policy.num_draft(state).tolist() == [2**31 - 1] * 3
+    sure = jnp.log(jnp.array([[0.9, 0.1], [0.5, 0.5], [0.7, 0.3]]))
+    signals = jaxspec.Signals(jnp.zeros(3, jnp.int32), sure)
+    assert policy.keep_drafting(state, signals).tolist() == [True] * 3
+    signals = signals._replace(acceptance=jnp.array([0.41, 0.39, 0.4]))
+    assert policy.keep_drafting(state, signals).tolist() == [True, False, True]
+    assert policies.confidence(0).keep_drafting(state, signals).tolist() == [True] * 3
+    of_each = policies.confidence(jnp.array([0.6, 0.6, 0.8]))
+    signals = signals._replace(acceptance=None)
+    assert of_each.keep_drafting(state, signals).tolist() == [True, False, False]
+    state = policy.update(state, outcome(drafted=[2, 0, 1], accepted=[0, 0, 1]))
+    assert state.tolist() == [0] * 3
+
+
+def test_a_model_predicts_its_acceptance():
+    """The product of its highest probabilities, at temperature 1 where it drafts greedily."""
+    table = np.zeros((5, 5), np.float32)  # each token is followed by the next, more or less surely
+    table[range(5), [1, 2, 3, 4, 0]] = [4.0, 1.0, 3.0, 0.5, 2.0]
+    target = table_model(table, order=1)
+    best = np.asarray(jnp.max(jax.nn.softmax(table, axis=-1), axis=-1))
+    follows = np.argmax(table, axis=-1)
+    for threshold in (0.05, 0.15, 0.25, 0.4):
+        out = jaxspec.generate(
+            target, [[token] for token in range(5)], drafter=drafters.model(target),
+            policy=policies.confidence(threshold), num_draft_tokens=4, max_new_tokens=5,
+            sampling=jaxspec.Sampling(temperature=0),
+        )  # fmt: skip
+        for token in range(5):
+            drafted, left, at = 0, 5, token
+            while left:
+                length, hope = 0, 1.0
+                while length < min(4, left - 1) and hope * best[at] >= threshold:
+                    hope, at, length = hope * best[at], follows[at], length + 1
+                drafted, left, at = drafted + length, left - length - 1, follows[at]
+            assert out.stats.num_draft_tokens[token] == drafted
+        if threshold == 0.4:
+            assert len(set(out.stats.num_draft_tokens.tolist())) > 1
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
+def test_confidence_refuses(threshold):
+    with pytest.raises(ValueError, match="threshold must lie between 0 and 1"):
+        policies.confidence(threshold)
+
+
 @pytest.mark.parametrize("length", [-1, -1.0, 2.5])
 def test_fixed_refuses_negative_numbers(length):
     with pytest.raises(ValueError, match="length must be a whole number"):

@@ -44,8 +44,8 @@ def write(target, drafter):
 @pytest.mark.parametrize("is_quantized", [False, True])
 def test_what_is_saved_is_loaded(tmp_path, is_quantized):
     shape, weights = methods.quantize(SHAPE, WEIGHTS) if is_quantized else (SHAPE, WEIGHTS)
-    loaded = directory.load_drafter(save(tmp_path, shape, weights), TARGET, stop_below=0.1)
-    expected = block.drafter(TARGET, shape, weights, IDS, stop_below=0.1)
+    loaded = directory.load_drafter(save(tmp_path, shape, weights), TARGET)
+    expected = block.drafter(TARGET, shape, weights, IDS)
     chex.assert_trees_all_equal(loaded, expected)
     assert jax.tree.structure(loaded) == jax.tree.structure(expected)  # no new trace
     out = write(TARGET, loaded)

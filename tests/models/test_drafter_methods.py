@@ -320,18 +320,18 @@ def test_planted_bugs_in_drawing(learned, params, method, patch):
         check_it_is_a_drafter(drafter, 1.0)
 
 
-def test_confidence_stops_drafts(learned, params):
-    free = trained.drafter(learned, params("block"))
-    shy = dataclasses.replace(free, stop_below=jnp.float32(0.3))
+@pytest.mark.parametrize("method", ALL)
+def test_confidence_stops_drafts(learned, params, method):
+    drafter = trained.drafter(learned, params(method), method)
     prompts = jnp.asarray(np.random.default_rng(3).integers(4, V, (8, 6)), jnp.int32)
 
-    def write(drafter):
+    def write(policy):
         return jaxspec.generate(
             TARGET, prompts, drafter=drafter, num_draft_tokens=K, max_new_tokens=32, eos_ids=(),
-            sampling=jaxspec.Sampling(temperature=0),
+            sampling=jaxspec.Sampling(temperature=0), policy=policy,
         )  # fmt: skip
 
-    one, other = write(free), write(shy)
+    one, other = write(None), write(jaxspec.policies.confidence(0.3))
     np.testing.assert_array_equal(one.tokens, other.tokens)
     drafted = np.sum(one.stats.num_draft_tokens), np.sum(other.stats.num_draft_tokens)
     assert 0 < drafted[1] < drafted[0]
@@ -340,12 +340,6 @@ def test_confidence_stops_drafts(learned, params):
         for x in (one, other)
     ]
     assert rates[1] > rates[0] + 0.05
-
-
-@pytest.mark.parametrize("method", ["eagle3", "student"])
-def test_who_predicts_nothing_cannot_stop_by_it(learned, method):
-    with pytest.raises(ValueError, match="stop_below must be 0"):
-        trained.drafter(learned, trained.first_params(learned, method), method, stop_below=0.3)
 
 
 def test_a_student_begins_as_the_layers_it_is_given():

@@ -37,7 +37,7 @@ TARGET = table_model(_target_logits(), order=ORDER)
 OTHER = table_model(random_logits(1, vocab_size=VOCAB, order=ORDER) + np.float32(100), order=ORDER)
 
 # ---------------------------------------------------------------------------------------------
-# A drafter and a policy as users write them.
+# A drafter as users write them.
 
 
 @pytree.dataclass
@@ -74,25 +74,6 @@ class Unigram:
         return state
 
 
-@pytree.dataclass
-class Confident:
-    """Drafts while the law about to be drawn from is concentrated: looks at q, never at a token."""
-
-    threshold: float
-
-    def init(self, batch):
-        return jnp.zeros((batch,), jnp.int32)
-
-    def num_draft(self, state):
-        return jnp.full_like(state, DRAFTS)
-
-    def keep_drafting(self, state, signals):
-        return jnp.max(signals.log_probs, axis=-1) > jnp.log(self.threshold)
-
-    def update(self, state, outcome):
-        return state
-
-
 # ---------------------------------------------------------------------------------------------
 # The axes.
 
@@ -113,6 +94,9 @@ DRAFTERS = {
     "greedy drafts": lambda module=drafters: module.model(OTHER, sampling=Sampling(temperature=0)),
     "prompt lookup": lambda module=drafters: module.prompt_lookup(max_ngram=2),
     "user-written": lambda module=drafters: Unigram(VOCAB),
+    "lookup, else a model": lambda module=drafters: module.fallback(
+        module.prompt_lookup(max_ngram=2, min_ngram=2), module.model(OTHER)
+    ),
 }
 VERIFIERS = {
     "default": lambda: None,
@@ -127,7 +111,7 @@ _PROFILE = jaxspec.Profile(jnp.array([1.0, 1.2, 1.7, 1.8]), jnp.float32(0.05), j
 POLICIES = {
     "fixed": lambda: policies.fixed(DRAFTS),
     "heuristic": lambda: policies.heuristic(1),
-    "confident": lambda: Confident(0.5),
+    "confidence": lambda: policies.confidence(0.3),
     "goodput": lambda: policies.goodput(_PROFILE, memory=2.0),
     "guarded": lambda: policies.guarded(
         policies.fixed(2), _PROFILE, allowance=0.1, pause=1, longest_pause=2
@@ -353,7 +337,7 @@ RUNS_LOOKING_BACK = [
     Run("disagreeing", "block", "fixed", "rows that stop early", "looking back"),
     Run("own sampling", "rejection", "goodput", "other lengths", "looking back"),
     Run("prompt lookup", "match", "heuristic", "rows that stop early", "looking back"),
-    Run("user-written", "block", "confident", "other lengths", "looking back"),
+    Run("user-written", "block", "confidence", "other lengths", "looking back"),
     Run("greedy drafts", "greedy", "guarded", "rows that stop early", "looking back"),
     Run("equal", "rejection", "fixed", "other lengths", "processed"),
     Run("disagreeing", "match, own noise", "guarded", "rows that stop early", "processed"),

@@ -94,10 +94,10 @@ def train(learned: Learned, directory, method="block", settings=SETTINGS, **opti
     )  # fmt: skip
 
 
-def drafter(learned: Learned, params, method="block", *, shape=None, module=None, **options) -> Any:
+def drafter(learned: Learned, params, method="block", *, shape=None, module=None) -> Any:
     """The drafter of weights; of another module with the method's functions where one is given."""
     module = module or methods.of(method).module
-    return module.drafter(TARGET, shape or SHAPES[method], params, learned.ids, **options)
+    return module.drafter(TARGET, shape or SHAPES[method], params, learned.ids)
 
 
 def tokens_per_step(drafter, temperature) -> float:

@@ -197,8 +197,6 @@ def drafter(
     config: BlockConfig,
     params: Any,
     draft_ids: Any,
-    *,
-    stop_below: Any = 0.0,
 ) -> reading.ReaderDrafter:
     """The drafter of trained weights.
 
@@ -207,8 +205,6 @@ def drafter(
       config: the shape.
       params: the weights.
       draft_ids: i32[W], its vocabulary, in rising order.
-      stop_below: f32[], it stops before a draft if the predicted probability that this one and all
-        before it are accepted is lower; 0: never.
 
     Returns:
       A drafter for `jaxspec.generate`, for at most `config.num_draft_tokens` drafts.
@@ -216,4 +212,4 @@ def drafter(
     References:
       DFlash; Cheng et al., DSpark, arXiv 2607.05147.
     """
-    return reading.drafter(BlockModel, target, config, params, draft_ids, stop_below)
+    return reading.drafter(BlockModel, target, config, params, draft_ids)

@@ -76,16 +76,12 @@ def save_drafter(
     write_atomically(directory / "config.json", text.encode())
 
 
-def load_drafter(
-    path: str | os.PathLike[str], target: jaxspec.LanguageModel, *, stop_below: float = 0.0
-) -> Any:
+def load_drafter(path: str | os.PathLike[str], target: jaxspec.LanguageModel) -> Any:
     """Loads a trained drafter for its target.
 
     Args:
       path: a directory of `save_drafter`, or of `jaxspec train drafter`.
       target: the model that it was trained for; how that one is quantised does not matter.
-      stop_below: a draft ends where the predicted probability that all of it is accepted is lower;
-        0: nowhere. For methods that predict it (`block`).
 
     Returns:
       A drafter for `jaxspec.generate(drafter=…)`.
@@ -123,7 +119,7 @@ def load_drafter(
         params = _unflatten(tensors, method.module.abstract(config)[1])
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(f"the weights in {directory} are missing or broken: {error}.") from error
-    return method.module.drafter(target, config, params, draft_ids, stop_below=stop_below)
+    return method.module.drafter(target, config, params, draft_ids)
 
 
 def _name(path: Any) -> str:

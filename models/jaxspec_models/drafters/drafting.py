@@ -33,12 +33,13 @@ class Step(NamedTuple):
     Attributes:
       logits: f32[B, W].
       hidden: f32[B, D], for `Signals`.
-      acceptance: f32[B], the predicted probability that it is accepted; 1: nothing is predicted.
+      acceptance: f32[B], the predicted probability that it is accepted once those before it are;
+        None: its highest probability, which is near it (Li et al., EAGLE-2, arXiv 2406.16858).
     """
 
     logits: Array
     hidden: Array
-    acceptance: Array
+    acceptance: Array | None = None
 
 
 # (slot i32[], the tokens before it i32[B], what was handed on) -> (`Step`, what is handed on).
@@ -66,7 +67,6 @@ def draft_tokens(
     *,
     draft_ids: Array,
     vocab_size: int,
-    stop_below: Array,
 ) -> tuple[Draft, Any]:
     """Draws drafts from left to right under the target's own options; every q is exact.
 
@@ -79,8 +79,6 @@ def draft_tokens(
       keep_drafting: the policy's say.
       draft_ids: i32[W].
       vocab_size: V.
-      stop_below: f32[], a row stops before a draft if the predicted probability that this one and
-        all before it are accepted is lower.
 
     Returns:
       The drafts and the last state.
@@ -106,9 +104,11 @@ def draft_tokens(
             slot,
         ).log_probs
         slots = jnp.full((batch,), slot)
-        hope = carry.hope * step.acceptance
-        goes_on = keep_drafting(Signals(slots, scores, step.hidden))
-        goes_on &= hope >= stop_below
+        acceptance = step.acceptance
+        if acceptance is None:
+            acceptance = jnp.exp(jnp.max(jax.nn.log_softmax(step.logits), axis=-1))
+        hope = carry.hope * acceptance
+        goes_on = keep_drafting(Signals(slots, scores, step.hidden, hope))
         if options.can_ban:  # where bans leave no token, there is nothing to draw
             goes_on &= jnp.isfinite(jnp.max(scores, axis=-1))
         is_open = carry.is_open & goes_on & (slot < num_draft)

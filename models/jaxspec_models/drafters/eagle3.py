@@ -47,8 +47,7 @@ class EagleModel(reading.Reader):
         count: int,
     ) -> tuple[drafting.NextStep, tuple[layers.KVCache, Array]]:
         """Cell by cell, each on what the one before has made."""
-        del count
-        certain = jnp.ones(pending.shape, jnp.float32)
+        del pending, count
 
         def next_step(slot: Array, token: Array, carry: Any) -> tuple[drafting.Step, Any]:
             cache, last = carry
@@ -56,7 +55,7 @@ class EagleModel(reading.Reader):
             x, cache = reading.forward(self, cache, x, start + slot)
             h = self.norm(x)
             logits = parts.logits(own.head, h)
-            return drafting.Step(logits[:, 0], h[:, 0], certain), (cache, x[:, 0])
+            return drafting.Step(logits[:, 0], h[:, 0]), (cache, x[:, 0])
 
         return next_step, (state.cache, state.last)
 
@@ -127,8 +126,6 @@ def drafter(
     config: EagleConfig,
     params: Any,
     draft_ids: Any,
-    *,
-    stop_below: Any = 0.0,
 ) -> reading.ReaderDrafter:
     """The drafter of trained weights.
 
@@ -137,14 +134,8 @@ def drafter(
       config: the shape.
       params: the weights.
       draft_ids: i32[W], its vocabulary, in rising order.
-      stop_below: must be 0: no acceptance is predicted.
 
     Returns:
       A drafter for `jaxspec.generate`, for at most `config.num_draft_tokens` drafts.
-
-    Raises:
-      ValueError: `stop_below` is not 0.
     """
-    if stop_below != 0:
-        raise ValueError("EAGLE-3 predicts no acceptance: stop_below must be 0.")
-    return reading.drafter(EagleModel, target, config, params, draft_ids, stop_below)
+    return reading.drafter(EagleModel, target, config, params, draft_ids)

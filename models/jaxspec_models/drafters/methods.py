@@ -5,7 +5,7 @@ A method is one file: its shape (a `parts.DrafterConfig`), its Flax module, and
 - `abstract(config)`: graph definition and shapes of its weights;
 - `init_params(config, target, sample, seed)`: weights before training, float32; `sample` are texts;
 - `loss(model, part, frozen, *, objective)`: `jaxspec.training.steps.Totals` of texts;
-- `drafter(target, config, params, draft_ids, *, stop_below)`: what `jaxspec.generate` takes.
+- `drafter(target, config, params, draft_ids)`: what `jaxspec.generate` takes.
 
 To add one, write the file and name it here.
 """

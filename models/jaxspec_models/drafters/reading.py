@@ -356,7 +356,6 @@ class ReaderDrafter:
       head: see `parts.head_of`.
       draft_ids: i32[W].
       positions: see `parts.positions_in`.
-      stop_below: see `drafting.draft_tokens`.
       config: the shape.
       model_type: the method's module.
     """
@@ -366,7 +365,6 @@ class ReaderDrafter:
     head: Any
     draft_ids: Array
     positions: Array
-    stop_below: Array
     config: parts.DrafterConfig = pytree.static()
     model_type: type[Reader] = pytree.static()
 
@@ -441,7 +439,6 @@ class ReaderDrafter:
             keep_drafting,
             draft_ids=self.draft_ids,
             vocab_size=self.vocab_size,
-            stop_below=self.stop_below,
         )
         return draft, state._replace(cache=cache)
 
@@ -452,7 +449,6 @@ def drafter(
     config: parts.DrafterConfig,
     params: Any,
     draft_ids: Any,
-    stop_below: Any,
 ) -> ReaderDrafter:
     """The drafter of trained weights; see the methods' own."""
     draft_ids = jnp.asarray(draft_ids, jnp.int32)
@@ -462,7 +458,6 @@ def drafter(
         head=parts.head_of(target, config.target, draft_ids),
         draft_ids=draft_ids,
         positions=parts.positions_in(draft_ids, config.target.vocab_size),
-        stop_below=jnp.asarray(stop_below, jnp.float32),
         config=config,
         model_type=model_type,
     )

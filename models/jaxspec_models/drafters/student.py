@@ -228,8 +228,6 @@ def drafter(
     config: StudentConfig,
     params: Any,
     draft_ids: Any,
-    *,
-    stop_below: Any = 0.0,
 ) -> ModelDrafter:
     """The drafter of trained weights.
 
@@ -238,16 +236,10 @@ def drafter(
       config: the shape.
       params: the weights.
       draft_ids: i32[W], its vocabulary, in rising order; q = 0 for the other tokens.
-      stop_below: must be 0: a student predicts no acceptance.
 
     Returns:
       A drafter for `jaxspec.generate`.
-
-    Raises:
-      ValueError: `stop_below` is not 0.
     """
-    if stop_below != 0:
-        raise ValueError("a student predicts no acceptance: stop_below must be 0.")
     draft_ids = jnp.asarray(draft_ids, jnp.int32)
     lm = jaxspec.LanguageModel(
         params={
