@@ -6,8 +6,10 @@
 For each directory of `jaxspec train drafter`, greedily and at temperature 1: how often the draft of
 each slot is accepted once those before it are, tokens a step, the time of a round's whole draft
 phase over that of one plain step, bytes, what training took, and tokens/s over plain decoding, by
-category. Prompts (the first turn of each row, through the chat template) are answered one after
-the other in turn, A B C A B C …, the order reversed every other time; prefill is timed apart.
+category. --with-lookup adds each behind a prompt lookup, with as many drafts, and as `jaxspec
+generate` uses what comes with a model ("as shipped"): ended where a draft is not trusted. Prompts
+(the first turn of each row, through the chat template) are answered one after the other in turn,
+A B C A B C …, the order reversed every other time; prefill is timed apart.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from systems import write
 
 import jaxspec
 import jaxspec_models
+from jaxspec.cli import running
 from jaxspec_models.text import encode_prompt
 
 
@@ -37,25 +40,23 @@ def by_slot(histogram: np.ndarray) -> list[float]:
     return [float(b / a) if a else float("nan") for a, b in itertools.pairwise(reached)]
 
 
-def describe(path: str, model: Any, num_draft_tokens: int, temperature: float) -> dict[str, Any]:
-    """What can be told of a drafter without a prompt."""
+def describe(path: str) -> dict[str, Any]:
+    """What can be told of a drafter without running it."""
     folder = pathlib.Path(path)
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    drafter = jaxspec_models.load_drafter(path, model)
-    profile = jaxspec.measure_costs(
-        model,
-        drafter,
-        num_draft_tokens=num_draft_tokens,
-        context_length=256,
-        sampling=jaxspec.Sampling(temperature=temperature),
-    )
-    verify = np.asarray(profile.verify, np.float64)
     return {
         "method": found["method"],
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "training_seconds": found["metrics"].get("seconds"),
+    }
+
+
+def costs(profile: jaxspec.Profile, num_draft_tokens: int) -> dict[str, float]:
+    """A round with so many drafts, in plain steps."""
+    verify = np.asarray(profile.verify, np.float64)
+    return {
         "draft_phase": float(profile.draft) * num_draft_tokens / verify[0],
-        "verification": float(verify[-1] / verify[0]),
+        "verification": float(verify[num_draft_tokens] / verify[0]),
         "plain_step_ms": 1e3 * float(verify[0]),
     }
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--per-category", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--num-draft-tokens", type=int, nargs="+", default=[6])
+    parser.add_argument("--with-lookup", action="store_true")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quantization", default="int8", choices=("int8", "none"))
@@ -100,10 +102,24 @@ def measure(
     figures: dict[str, Any] = {"plain": {}}
     for path in args.drafters:
         drafter = jaxspec_models.load_drafter(path, model)
+        most = max(args.num_draft_tokens)
+        profile = jaxspec.measure_costs(
+            model, drafter, num_draft_tokens=most, context_length=256, **sampling
+        )
+
+        def enter(name: str, count: int, *, path: str = path, profile: Any = profile, **options):
+            name = f"{path.rstrip('/')} {name}"
+            contestants[name] = {"num_draft_tokens": count, **options, **sampling}
+            figures[name] = describe(path) | costs(profile, count)
+
         for count in args.num_draft_tokens:
-            name = f"{path.rstrip('/')} {count}"
-            contestants[name] = {"drafter": drafter, "num_draft_tokens": count, **sampling}
-            figures[name] = describe(path, model, count, temperature or 0)
+            enter(f"{count}", count, drafter=drafter)
+        if args.with_lookup:
+            lookup = jaxspec.drafters.prompt_lookup(max_ngram=5, min_ngram=3)
+            both = jaxspec.drafters.fallback(lookup, drafter)
+            enter(f"+ lookup {most}", most, drafter=both)
+            shipped = running.drafting(both, most, None if args.quantization == "none" else "int8")
+            enter("as shipped", shipped.pop("num_draft_tokens"), **shipped)
 
     def ask(name: str, prompt: dict[str, Any], seed: int) -> dict[str, Any]:
         request = {

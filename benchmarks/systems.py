@@ -79,13 +79,14 @@ def jaxspec_int8(weights: str, threads: int) -> System:
 
     import jaxspec
     import jaxspec_models
+    from jaxspec.cli import running
 
     if cache := os.environ.get("JAXSPEC_BENCHMARK_CACHE"):
         jax.config.update("jax_compilation_cache_dir", cache)
     model = jaxspec_models.load_model(weights, quantization="int8")
     drafters = {"lookup": (jaxspec.drafters.prompt_lookup(), 10)}
     if (trained := model.default_drafter) is not None:
-        drafters["trained"] = (trained, trained.config.num_draft_tokens)
+        drafters["trained"] = (trained, trained.max_draft_tokens)
 
     @functools.cache
     def options(mode: str, temperature: float) -> dict[str, Any]:
@@ -93,6 +94,8 @@ def jaxspec_int8(weights: str, threads: int) -> System:
         if mode == "plain":
             return {"drafter": None, "sampling": sampling}
         drafter, num_draft_tokens = drafters[mode]
+        if mode == "trained":
+            return running.drafting(drafter, None, "int8") | {"sampling": sampling}
         profile = jaxspec.measure_costs(
             model, drafter, num_draft_tokens=num_draft_tokens, context_length=256, sampling=sampling
         )

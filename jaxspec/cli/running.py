@@ -33,6 +33,7 @@ _COSTS = {
 2 cores with smollm2-135m (benchmarks/README.md). `jaxspec.measure_costs` takes a minute."""
 _LOOKUP_COST, _TRAINED_COST = 0.005, 0.06
 """Of a draft, likewise: copied from the text, and of an EAGLE-3 drafter beside an int8 target."""
+_LEAST_CONFIDENCE = 0.2  # below it, a draft costs more than it brings (benchmarks/README.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +138,11 @@ def load_model(name: str, dtype: str, quantization: str | None) -> jaxspec.Langu
 def drafting(
     drafter: Any, num_draft_tokens: int | None, quantization: str | None
 ) -> dict[str, Any]:
-    """How much is drafted: of text that is looked up, and by what was trained, as much as pays.
+    """How much is drafted.
 
-    A model's drafts always, while they pay: what they cost, nobody has measured.
+    Of text that is looked up as much as pays; by what was trained as far as it will probably be
+    accepted, while that pays; by a model always, while it pays: what its drafts cost, nobody has
+    measured.
 
     Args:
       drafter: what drafts, or None.
@@ -153,18 +156,20 @@ def drafting(
     own: int | None = getattr(drafter, "max_draft_tokens", None)
     if num_draft_tokens is None:
         num_draft_tokens = _NUM_LOOKED_UP[quantization] if is_lookup else own or _NUM_DRAFTED
-    policy: Policy = jaxspec.policies.fixed(num_draft_tokens)
+    policy: Policy
     if is_lookup or own is not None:
         tokens, seconds = _COSTS[quantization]
         verify = np.interp(paid_widths(num_draft_tokens), tokens, seconds)
         costs = (verify, _LOOKUP_COST if is_lookup else _TRAINED_COST, 0.03)
         profile = jaxspec.Profile(*(jnp.asarray(cost, jnp.float32) for cost in costs))
-        policy = jaxspec.policies.goodput(profile)
-    return {
-        "drafter": drafter,
-        "num_draft_tokens": num_draft_tokens,
-        "policy": jaxspec.policies.guarded(policy),
-    }
+        if is_lookup:
+            policy = jaxspec.policies.guarded(jaxspec.policies.goodput(profile))
+        else:
+            sure = jaxspec.policies.confidence(_LEAST_CONFIDENCE)
+            policy = jaxspec.policies.guarded(sure, profile)
+    else:
+        policy = jaxspec.policies.guarded(jaxspec.policies.fixed(num_draft_tokens))
+    return {"drafter": drafter, "num_draft_tokens": num_draft_tokens, "policy": policy}
 
 
 def encode(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:

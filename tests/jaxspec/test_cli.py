@@ -24,6 +24,7 @@ from jaxspec.cli import generate as generate_command
 from jaxspec.cli import main, running
 from jaxspec.cli.errors import UserError, told_to_the_user
 from jaxspec.cli.options import parse
+from jaxspec.policies.confidence import Confidence
 from jaxspec.policies.fixed import Fixed
 from jaxspec.policies.goodput import Goodput
 from jaxspec.policies.guarded import Guarded
@@ -375,7 +376,7 @@ def test_a_trained_drafter_is_used(models, ask, tmp_path):
         (drafters.prompt_lookup(), None, 4, Goodput),
         (drafters.prompt_lookup(), "int8", 2, Goodput),
         (drafters.model(table_model(np.zeros((4, 4), np.float32))), "int8", 4, Fixed),
-        (types.SimpleNamespace(max_draft_tokens=6), "int8", 6, Goodput),
+        (types.SimpleNamespace(max_draft_tokens=6), "int8", 6, Confidence),
     ],
     ids=["lookup", "lookup, int8", "model", "trained"],
 )
@@ -385,12 +386,13 @@ def test_how_much_is_drafted(drafter, quantization, count, policy):
     assert found["num_draft_tokens"] == count
     assert isinstance(found["policy"], Guarded)
     assert isinstance(found["policy"].policy, policy)
-    assert running.drafting(drafter, 3, quantization)["num_draft_tokens"] == 3
-    if policy is Goodput:
-        costs = found["policy"].policy.profile
+    costs = found["policy"].profile
+    assert (costs is None) == (policy is Fixed)
+    if costs is not None:
         assert costs.verify.shape == (count + 1,)
-        is_trained = hasattr(drafter, "max_draft_tokens")
+        is_trained = policy is Confidence
         assert float(costs.draft) == pytest.approx(0.06 if is_trained else 0.005)
+    assert running.drafting(drafter, 3, quantization)["num_draft_tokens"] == 3
 
 
 def test_sampling_options_reach_generate(ask, monkeypatch):
