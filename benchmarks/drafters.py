@@ -7,9 +7,9 @@ For each directory of `jaxspec train drafter`, greedily and at temperature 1: ho
 each slot is accepted once those before it are, tokens a step, the time of a round's whole draft
 phase over that of one plain step, bytes, what training took, and tokens/s over plain decoding, by
 category. --with-lookup adds each behind a prompt lookup, with as many drafts, and as `jaxspec
-generate` uses what comes with a model ("as shipped"): ended where a draft is not trusted. Prompts
-(the first turn of each row, through the chat template) are answered one after the other in turn,
-A B C A B C …, the order reversed every other time; prefill is timed apart.
+generate` uses what comes with a model ("as shipped"): no more than pays. Prompts (the first turn of
+each row, through the chat template) are answered one after the other in turn, A B C A B C …, the
+order reversed every other time; prefill is timed apart.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ def measure(
         for count in args.num_draft_tokens:
             enter(f"{count}", count, drafter=drafter)
         if args.with_lookup:
-            lookup = jaxspec.drafters.prompt_lookup(max_ngram=5, min_ngram=3)
+            lookup = jaxspec.drafters.prompt_lookup(max_ngram=5, min_ngram=4)
             both = jaxspec.drafters.fallback(lookup, drafter)
             enter(f"+ lookup {most}", most, drafter=both)
-            shipped = running.drafting(both, most, None if args.quantization == "none" else "int8")
+            shipped = running.drafting(both, None, None if args.quantization == "none" else "int8")
             enter("as shipped", shipped.pop("num_draft_tokens"), **shipped)
 
     def ask(name: str, prompt: dict[str, Any], seed: int) -> dict[str, Any]:

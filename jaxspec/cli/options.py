@@ -104,7 +104,9 @@ def _add_demo(commands: Any) -> None:
     parser.set_defaults(run=_run_demo)
     common.add_dtype(parser)
     common.add_max_new_tokens(parser, 96)
-    common.add_num_draft_tokens(parser, "7, or as many as a drafter was trained for")
+    common.add_num_draft_tokens(
+        parser, "7, or up to 6 by a drafter that was trained; 2 with --quantization int8"
+    )
 
 
 def _add_generate(commands: Any) -> None:
@@ -142,8 +144,7 @@ def _add_generate(commands: Any) -> None:
     )
     common.add_num_draft_tokens(
         models,
-        "as many as a drafter was trained for; else 4, or 2 for prompt lookup with --quantization "
-        "int8",
+        "4, up to 6 by what was trained; what is looked up or trained 2 with --quantization int8",
     )
     common.add_dtype(models)
 

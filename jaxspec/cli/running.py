@@ -25,15 +25,16 @@ from jaxspec.types import Policy
 
 _NUM_DRAFTED = 4
 _NUM_LOOKED_UP = {None: 4, "int8": 2}  # as far as verifying costs almost nothing
+_NUM_TRAINED = {None: 6, "int8": 2}  # likewise, and they are right more often
 _COSTS = {
     None: ((1, 5, 8, 11), (1.0, 1.06, 1.1, 1.2)),
-    "int8": ((1, 3, 5, 8, 11), (1.0, 1.13, 1.4, 2.1, 2.6)),
+    "int8": ((1, 3, 5, 8, 11), (1.0, 1.25, 1.7, 2.4, 3.0)),
 }
 """Tokens of a target forward, and its time over that of one token's, by quantisation: measured on
-2 cores with smollm2-135m (benchmarks/README.md). `jaxspec.measure_costs` takes a minute."""
+2 cores with smollm2-135m; int8 between a machine with AVX-512 (3 tokens: 1.13) and one without
+(1.36; benchmarks/README.md). `jaxspec.measure_costs` takes a minute."""
 _LOOKUP_COST, _TRAINED_COST = 0.005, 0.06
 """Of a draft, likewise: copied from the text, and of an EAGLE-3 drafter beside an int8 target."""
-_LEAST_CONFIDENCE = 0.2  # below it, a draft costs more than it brings (benchmarks/README.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +141,8 @@ def drafting(
 ) -> dict[str, Any]:
     """How much is drafted.
 
-    Of text that is looked up as much as pays; by what was trained as far as it will probably be
-    accepted, while that pays; by a model always, while it pays: what its drafts cost, nobody has
-    measured.
+    Of text that is looked up, and by what was trained, as much as pays; by a model always, while
+    it pays: what its drafts cost, nobody has measured.
 
     Args:
       drafter: what drafts, or None.
@@ -155,21 +155,24 @@ def drafting(
     is_lookup = drafter is None or isinstance(drafter, PromptLookup)
     own: int | None = getattr(drafter, "max_draft_tokens", None)
     if num_draft_tokens is None:
-        num_draft_tokens = _NUM_LOOKED_UP[quantization] if is_lookup else own or _NUM_DRAFTED
-    policy: Policy
+        if is_lookup:
+            num_draft_tokens = _NUM_LOOKED_UP[quantization]
+        elif own is None:
+            num_draft_tokens = _NUM_DRAFTED
+        else:
+            num_draft_tokens = min(own, _NUM_TRAINED[quantization])
+    policy: Policy = jaxspec.policies.fixed(num_draft_tokens)
     if is_lookup or own is not None:
         tokens, seconds = _COSTS[quantization]
         verify = np.interp(paid_widths(num_draft_tokens), tokens, seconds)
         costs = (verify, _LOOKUP_COST if is_lookup else _TRAINED_COST, 0.03)
         profile = jaxspec.Profile(*(jnp.asarray(cost, jnp.float32) for cost in costs))
-        if is_lookup:
-            policy = jaxspec.policies.guarded(jaxspec.policies.goodput(profile))
-        else:
-            sure = jaxspec.policies.confidence(_LEAST_CONFIDENCE)
-            policy = jaxspec.policies.guarded(sure, profile)
-    else:
-        policy = jaxspec.policies.guarded(jaxspec.policies.fixed(num_draft_tokens))
-    return {"drafter": drafter, "num_draft_tokens": num_draft_tokens, "policy": policy}
+        policy = jaxspec.policies.goodput(profile)
+    return {
+        "drafter": drafter,
+        "num_draft_tokens": num_draft_tokens,
+        "policy": jaxspec.policies.guarded(policy),
+    }
 
 
 def encode(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:

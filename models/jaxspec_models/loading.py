@@ -95,7 +95,7 @@ def load_model(
     from jaxspec_models.drafters.directory import load_drafter
 
     # What repeats the text costs less to copy, and is right more often (benchmarks/README.md).
-    lookup = jaxspec.drafters.prompt_lookup(max_ngram=5, min_ngram=3)
+    lookup = jaxspec.drafters.prompt_lookup(max_ngram=5, min_ngram=4)
     trained = load_drafter(shipped, model)
     return model.replace(default_drafter=jaxspec.drafters.fallback(lookup, trained))
 

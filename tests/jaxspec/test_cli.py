@@ -24,7 +24,6 @@ from jaxspec.cli import generate as generate_command
 from jaxspec.cli import main, running
 from jaxspec.cli.errors import UserError, told_to_the_user
 from jaxspec.cli.options import parse
-from jaxspec.policies.confidence import Confidence
 from jaxspec.policies.fixed import Fixed
 from jaxspec.policies.goodput import Goodput
 from jaxspec.policies.guarded import Guarded
@@ -376,9 +375,11 @@ def test_a_trained_drafter_is_used(models, ask, tmp_path):
         (drafters.prompt_lookup(), None, 4, Goodput),
         (drafters.prompt_lookup(), "int8", 2, Goodput),
         (drafters.model(table_model(np.zeros((4, 4), np.float32))), "int8", 4, Fixed),
-        (types.SimpleNamespace(max_draft_tokens=6), "int8", 6, Confidence),
+        (types.SimpleNamespace(max_draft_tokens=8), None, 6, Goodput),
+        (types.SimpleNamespace(max_draft_tokens=5), None, 5, Goodput),
+        (types.SimpleNamespace(max_draft_tokens=8), "int8", 2, Goodput),
     ],
-    ids=["lookup", "lookup, int8", "model", "trained"],
+    ids=["lookup", "lookup, int8", "model", "trained", "trained for less", "trained, int8"],
 )
 def test_how_much_is_drafted(drafter, quantization, count, policy):
     """As much as pays where costs are known; what was trained costs more than a lookup."""
@@ -386,11 +387,10 @@ def test_how_much_is_drafted(drafter, quantization, count, policy):
     assert found["num_draft_tokens"] == count
     assert isinstance(found["policy"], Guarded)
     assert isinstance(found["policy"].policy, policy)
-    costs = found["policy"].profile
-    assert (costs is None) == (policy is Fixed)
-    if costs is not None:
+    if policy is Goodput:
+        costs = found["policy"].profile
         assert costs.verify.shape == (count + 1,)
-        is_trained = policy is Confidence
+        is_trained = hasattr(drafter, "max_draft_tokens")
         assert float(costs.draft) == pytest.approx(0.06 if is_trained else 0.005)
     assert running.drafting(drafter, 3, quantization)["num_draft_tokens"] == 3
 

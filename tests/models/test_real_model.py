@@ -319,7 +319,7 @@ def test_a_shipped_drafter_comes_with_its_model(greedy, prompts, tmp_path, monke
     monkeypatch.setattr(loading, "_SHIPPED", tmp_path)
     model = jaxspec_models.load_model("smollm2-135m", dtype="float32")
     lookup, trained = model.default_drafter.drafters
-    assert lookup == drafters.prompt_lookup(max_ngram=5, min_ngram=3)
+    assert lookup == drafters.prompt_lookup(max_ngram=5, min_ngram=4)
     assert trained.config == shape
     out = jaxspec.generate(
         model, prompts, drafter="auto", num_draft_tokens=3, sampling=_GREEDY, max_new_tokens=12

@@ -1,0 +1,54 @@
+"""What is shipped with the package: it is there, small, described, and drafts for its model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from support.real import load
+
+import jaxspec
+from jaxspec_models import download, loading
+from jaxspec_models.text import encode_prompt
+
+DIRECTORIES = sorted(path for path in loading._SHIPPED.iterdir() if path.is_dir())
+QUESTIONS = [
+    "Give me three tips for a good night's sleep.",
+    "What is the difference between a lake and a sea?",
+    "Anna has 12 apples. She eats 2 and gives half of the rest to Ben. How many has Ben?",
+    "Write a short letter that thanks a neighbour for a cake.",
+]
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda path: path.name)
+def test_it_is_whole(directory):
+    assert directory.name in download.MODELS  # else nobody would ever load it
+    config = json.loads((directory / "config.json").read_text())
+    assert config["target"]["name"] == directory.name
+    assert sum(file.stat().st_size for file in directory.iterdir()) <= 12e6
+    card = (directory / "README.md").read_text()
+    for part in ("Licence: Apache-2.0", "jaxspec train drafter --method", config["method"], "Data"):
+        assert part in card or part.replace("eagle3", "EAGLE-3") in card
+    # The card's figures are those of the weights beside it.
+    for name in ("acceptance_1", "acceptance_6", "agreement_1", "agreement_6"):
+        assert f"{config['metrics'][name]:.3f}" in card
+
+
+def test_there_is_one_for_the_default_model():
+    assert [directory.name for directory in DIRECTORIES] == ["smollm2-135m"]
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_it_drafts_for_its_model(tokenizer, temperature):
+    """In 256 tokens a step brings 2.1 greedily and 1.9 sampled; without drafts, one."""
+    model = load("int8")
+    _, trained = model.default_drafter.drafters
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
+    for drafter in (trained, "auto"):
+        out = jaxspec.generate(
+            model, prompts, drafter=drafter, num_draft_tokens=6, max_new_tokens=64,
+            sampling=jaxspec.Sampling(temperature=temperature), key=jax.random.key(0),
+        )  # fmt: skip
+        per_step = np.sum(out.lengths) / np.sum(out.stats.num_spec_steps)
+        assert per_step > (1.6 if temperature == 0 else 1.5)
