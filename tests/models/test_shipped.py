@@ -8,6 +8,7 @@ import pytest
 from support.real import load
 
 import jaxspec
+import jaxspec_models
 from jaxspec_models import download, loading
 from jaxspec_models.text import encode_prompt
 
@@ -27,8 +28,8 @@ def test_it_is_whole(directory):
     assert config["target"]["name"] == directory.name
     assert sum(file.stat().st_size for file in directory.iterdir()) <= 12e6
     card = (directory / "README.md").read_text()
-    for part in ("Licence: Apache-2.0", "jaxspec train drafter --method", config["method"], "Data"):
-        assert part in card or part.replace("eagle3", "EAGLE-3") in card
+    for part in ("Licence: ", f"jaxspec train drafter --method {config['method']} ", "## Data"):
+        assert part in card
     # The card's figures are those of the weights beside it.
     for name in ("acceptance_1", "acceptance_6", "agreement_1", "agreement_6"):
         assert f"{config['metrics'][name]:.3f}" in card
@@ -40,15 +41,14 @@ def test_there_is_one_for_the_default_model():
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_it_drafts_for_its_model(tokenizer, temperature):
-    """In 256 tokens a step brings 2.1 greedily and 1.9 sampled; without drafts, one."""
+def test_it_drafts_for_its_model(temperature):
+    """Without drafts a step brings one token."""
     model = load("int8")
-    _, trained = model.default_drafter.drafters
+    tokenizer = jaxspec_models.load_tokenizer("smollm2-135m")
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
-    for drafter in (trained, "auto"):
-        out = jaxspec.generate(
-            model, prompts, drafter=drafter, num_draft_tokens=6, max_new_tokens=64,
-            sampling=jaxspec.Sampling(temperature=temperature), key=jax.random.key(0),
-        )  # fmt: skip
-        per_step = np.sum(out.lengths) / np.sum(out.stats.num_spec_steps)
-        assert per_step > (1.6 if temperature == 0 else 1.5)
+    out = jaxspec.generate(
+        model, prompts, drafter="auto", num_draft_tokens=6, max_new_tokens=64,
+        sampling=jaxspec.Sampling(temperature=temperature), key=jax.random.key(0),
+    )  # fmt: skip
+    per_step = np.sum(out.lengths) / np.sum(out.stats.num_spec_steps)
+    assert per_step > 1.7, per_step  # 2.1 at temperature 1
