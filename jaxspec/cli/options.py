@@ -105,7 +105,7 @@ def _add_demo(commands: Any) -> None:
     common.add_dtype(parser)
     common.add_max_new_tokens(parser, 96)
     common.add_num_draft_tokens(
-        parser, "7, or up to 6 by a drafter that was trained; 2 with --quantization int8"
+        parser, "up to 6 by the drafter that comes with the model; 1 with --quantization int8"
     )
 
 
@@ -144,7 +144,8 @@ def _add_generate(commands: Any) -> None:
     )
     common.add_num_draft_tokens(
         models,
-        "4, up to 6 by what was trained; what is looked up or trained 2 with --quantization int8",
+        "4, up to 6 by what was trained; with --quantization int8 2 of what is looked up, 1 by what "
+        "was trained",
     )
     common.add_dtype(models)
 

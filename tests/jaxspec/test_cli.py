@@ -377,7 +377,7 @@ def test_a_trained_drafter_is_used(models, ask, tmp_path):
         (drafters.model(table_model(np.zeros((4, 4), np.float32))), "int8", 4, Fixed),
         (types.SimpleNamespace(max_draft_tokens=8), None, 6, Goodput),
         (types.SimpleNamespace(max_draft_tokens=5), None, 5, Goodput),
-        (types.SimpleNamespace(max_draft_tokens=8), "int8", 2, Goodput),
+        (types.SimpleNamespace(max_draft_tokens=8), "int8", 1, Goodput),
     ],
     ids=["lookup", "lookup, int8", "model", "trained", "trained for less", "trained, int8"],
 )
