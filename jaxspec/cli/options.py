@@ -144,8 +144,8 @@ def _add_generate(commands: Any) -> None:
     )
     common.add_num_draft_tokens(
         models,
-        "4, up to 6 by what was trained; with --quantization int8 2 of what is looked up, 1 by what "
-        "was trained",
+        "4, up to 6 by what was trained; with --quantization int8 2 by looking up, 1 by what was "
+        "trained",
     )
     common.add_dtype(models)
 
