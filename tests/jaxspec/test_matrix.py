@@ -383,12 +383,13 @@ _MUTANTS = {
         _DISAGREE, ["temperature"], _in_loop((_ACCEPTED, "num_accepted=num_emitted")),
     ),
     # several drafters
-    "a copied draft under the other drafter's law": (
-        _DISAGREE._replace(drafter="lookup, else a model"), ["temperature", "min-p"],
+    "a copied draft passed off as drawn": (
+        _DISAGREE._replace(drafter="lookup, else a model", mix="one length"), ["temperature"],
         lambda: {"drafter": mutant(
             "jaxspec.drafters.fallback",
-            ("_laws_of(first, second.log_probs.shape[2])", "second.log_probs"),
-        ).fallback(*matrix.DRAFTERS["lookup, else a model"]().drafters)},
+            ("jnp.where(is_token, 0.0, -jnp.inf)",
+             "jnp.full(is_token.shape, -jnp.log(vocab_size))"),
+        ).fallback(jaxspec.drafters.prompt_lookup(1), jaxspec.drafters.model(matrix.OTHER))},
     ),
     # the draft cache
     "the draft cache misses a token behind a whole acceptance": (
