@@ -353,7 +353,7 @@ def test_a_model_s_own_drafter_is_used(models, ask, monkeypatch):
 def test_a_trained_drafter_is_used(models, ask, tmp_path):
     """One that was never trained drafts badly, and the text stays what it was."""
     model = jaxspec_models.load_model(models["target"], dtype="float32")
-    shape = drafter_making.shape(model, "block", num_draft_tokens=3, draft_vocab_size=64)
+    shape = drafter_making.shape(model, "block", num_draft_tokens=1, draft_vocab_size=64)
     params = block.BlockModel(shape, rngs=nnx.Rngs(0))
     save_drafter(
         tmp_path / "own", model, shape, nnx.to_pure_dict(nnx.state(params)), np.arange(64),
@@ -363,7 +363,7 @@ def test_a_trained_drafter_is_used(models, ask, tmp_path):
     own = report_of(ask, "--prompt", "a goose", "--drafter", str(tmp_path / "own"))
     assert own["token_ids"] == plain["token_ids"]
     assert own["stats"]["num_draft_tokens"] > 0
-    assert len(own["stats"]["acceptance_histogram"]) == 4  # as many drafts as it was made for
+    assert len(own["stats"]["acceptance_histogram"]) == 2  # no more drafts than it was made for
     error = ask("--prompt", "a goose", "--drafter", str(tmp_path), expected_code=2)
     assert error == ""
     assert "holds no drafter" in ask.stderr
@@ -375,8 +375,8 @@ def test_a_trained_drafter_is_used(models, ask, tmp_path):
         (drafters.prompt_lookup(), None, 4, Goodput),
         (drafters.prompt_lookup(), "int8", 2, Goodput),
         (drafters.model(table_model(np.zeros((4, 4), np.float32))), "int8", 4, Fixed),
-        (types.SimpleNamespace(max_draft_tokens=8), None, 6, Goodput),
-        (types.SimpleNamespace(max_draft_tokens=5), None, 5, Goodput),
+        (types.SimpleNamespace(max_draft_tokens=8), None, 2, Goodput),
+        (types.SimpleNamespace(max_draft_tokens=1), None, 1, Goodput),
         (types.SimpleNamespace(max_draft_tokens=8), "int8", 1, Goodput),
     ],
     ids=["lookup", "lookup, int8", "model", "trained", "trained for less", "trained, int8"],
