@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if own is not None:
         drafting |= running.drafting(own, arguments.num_draft_tokens, arguments.quantization)
     compile_seconds = [running.compile_programs(target, prompt_ids, **drafting)]
-    name = "prompt lookup" if own is None else "the drafter that was trained for it"
+    name = "prompt lookup" if own is None else "the drafter that comes with the model"
     running.put(f"It answers, several tokens per forward ({name}):\n\n")
     indent = _Indent()
     speculative = running.write(

@@ -25,7 +25,7 @@ from jaxspec.types import PREFILL_CHUNK, Policy
 
 _NUM_DRAFTED = 4
 _NUM_LOOKED_UP = {None: 4, "int8": 2}  # as far as verifying costs almost nothing
-_NUM_TRAINED = {None: 2, "int8": 1}  # where their own cost and the rows' is surely paid for
+_NUM_TRAINED = {None: 2, "int8": 1}  # measured: benchmarks/README.md
 _COSTS = {
     None: ((1, 5, 8, 11), (1.0, 1.06, 1.1, 1.2)),
     "int8": ((1, 3, 5, 8, 11), (1.0, 1.25, 1.7, 2.4, 3.0)),
@@ -190,7 +190,7 @@ def encode(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:
 
 @exit_on_interrupt()
 def compile_programs(target: jaxspec.LanguageModel, prompt_ids: list[int], **options: Any) -> float:
-    """Compiles what `write` will run with the same arguments.
+    """Compiles and warms up what `write` will run with the same arguments.
 
     Args:
       target: as in `jaxspec.generate`.
@@ -208,15 +208,13 @@ def compile_programs(target: jaxspec.LanguageModel, prompt_ids: list[int], **opt
         prepared = arguments.prepare(target, [prompt_ids], **options)
     say("Compiling ...")
     engine = prepared.engine
-    # The same shapes, the prompt's first chunk and two rounds with all their drafts. Not less: what
-    # is only set up when it first runs (a second in all, where products are in bfloat16) belongs
-    # here, too.
+    # The same shapes, the prompt's first chunk and two rounds with room for drafts. Not less: what
+    # is only set up when it first runs (0.75 s in bfloat16, see benchmarks/README.md) belongs here.
     lengths = jnp.minimum(prepared.request.prompt_lengths, PREFILL_CHUNK + 1)
-    most = jnp.minimum(
-        lengths + 2 * (engine.num_draft_tokens + 1), lengths + prepared.max_new_tokens
-    )
     request = prepared.request._replace(
-        prompt_lengths=lengths, start_lengths=lengths, max_lengths=most
+        prompt_lengths=lengths,
+        start_lengths=lengths,
+        max_lengths=lengths + prepared.max_new_tokens,
     )
     state = prefill(engine, request, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
     state = run(engine, request, state, 2)

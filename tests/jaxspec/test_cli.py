@@ -585,7 +585,7 @@ def test_demo_shows_the_model_s_own_drafter(models, capsys, monkeypatch):
     monkeypatch.setattr(jaxspec_models, "load_model", with_drafter)
     assert main(["demo", "--max-new-tokens", "20", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
-    assert "the drafter that was trained for it" in out
+    assert "the drafter that comes with the model" in out
     assert "prompt lookup" not in out
     assert check_demo(out)["target forwards"] == [20, 4]  # 5 tokens each: it drafts for itself
 
