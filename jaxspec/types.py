@@ -39,6 +39,9 @@ PREFILL_CHUNK = 256
 NO_TOKEN = -1
 """Fills the slots of a `Verdict` behind its last token."""
 
+NO_NODE = -2
+"""The parent of a slot of a tree that holds no draft."""
+
 
 class ModelOutput(NamedTuple):
     """What a model's `apply` returns beside its cache.
@@ -198,7 +201,10 @@ class Draft(NamedTuple):
       log_probs: f32[K, V], the distribution that each token was drawn from, bit for bit, after
         every sampling option; None: each token is a point mass (a deterministic draft).
       length: i32[], how many tokens were drafted, 0 … K.
-      parents: i32[K], the tree: -1 for a child of the pending token; None: a chain.
+      parents: i32[K], the tree: each draft's parent, which is a draft before it, or -1 for the
+        pending token; `NO_NODE` (-2) for a slot that holds none; None: a chain. Siblings are
+        judged in the order of their slots, and children that were drawn without replacement all
+        have the law of the first of them as their `log_probs`.
     """
 
     tokens: Array
@@ -213,7 +219,8 @@ class Verdict(NamedTuple):
     Attributes:
       tokens: i32[K + 1]: the accepted drafts, then the correction or the bonus, then `NO_TOKEN`.
       num_accepted: i32[], the number of accepted drafts, 0 … K.
-      path: i32[P], trees only: the nodes of the accepted path.
+      path: i32[P], trees only: the slots of the accepted drafts, and behind them each slot its
+        own number: what `LanguageModel.compact` takes.
       is_fallback: bool[], whether rounding left no residual to draw the correction from, so that
         it was drawn from the target; None: cannot happen. Counted in `Stats.num_fallbacks`.
     """
@@ -306,6 +313,10 @@ class Verifier(Protocol):
       that draw each token from the target alone, and for no others.
     - `shares_noise`: the drafter may look at those keys (`Context.noise_keys`). Right only for a
       rule whose tokens do not depend on the draft.
+    - `takes_children`: the trees that it is exact for, by how a node's children were found:
+      "top_k" (not drawn: chosen for their q or otherwise), "independent" (each drawn from the
+      same q), "without_replacement" (each drawn from q without the siblings before it). Empty
+      where missing: chains only.
     - `judge(numbers f32[K + 1, 3], draft, target_log_probs) -> Verdict`, where calling the rule
       is `judge` on `jaxspec.verifiers.ratio.uniforms(keys)`: each number [i, 0] decides about
       draft i, passing above a threshold, and [i, 2] draws the token behind i drafts, monotonically.

@@ -3,6 +3,7 @@
 Each check returns a report: `passed`, a readable `str`, and `assert_passed()` for tests.
 """
 
+from jaxspec.testing.bounds import optimal_acceptance as optimal_acceptance
 from jaxspec.testing.comparison import Comparison as Comparison
 from jaxspec.testing.comparison import compare as compare
 from jaxspec.testing.comparison import num_samples_for as num_samples_for
@@ -27,6 +28,7 @@ __all__ = [
     "check_verifier",
     "compare",
     "num_samples_for",
+    "optimal_acceptance",
     "random_logits",
     "table_model",
 ]

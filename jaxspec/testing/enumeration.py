@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.testing.oracle import Law, Text
-from jaxspec.types import Draft, Verdict
+from jaxspec.types import NO_NODE, Draft, Verdict
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Laws: TypeAlias = Mapping[Text, Array]
+# Numbers f32[R, K + 1, 3] -> tokens, their number before the last, and the node it stands behind.
+_Run: TypeAlias = Callable[[Array], tuple[Array, Array, Array]]
 
 _ALMOST_ONE = np.float32(1 - 2.0**-23)  # the largest number that jax.random.uniform returns
 _STEPS = 24
@@ -50,8 +52,13 @@ class Block:
     ):
         self.target, self.drafted, self.tokens_of = target, drafted, tokens_of
         self.vocab_size = len(target[()])
-        self.num_draft = max(len(prefix) for prefix in target)
+        self.num_draft = self.depth = max(len(prefix) for prefix in target)
         self.length = self.num_draft if length is None else length
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the tokens are drawn; else they are point masses."""
+        return self.drafted is not None
 
     def texts(self) -> list[tuple[Text, float]]:
         """Every possible draft with its probability."""
@@ -86,11 +93,11 @@ class Block:
         return draft, jnp.asarray(target, jnp.float32)
 
     def completed(self, emitted: Mapping[Text, float]) -> Law:
-        """Emitted texts, carried on to K + 1 tokens by the target itself."""
+        """Emitted texts, carried on to one token more than the draft is deep by the target."""
         law: Law = {}
 
         def extend(text: Text, mass: float) -> None:
-            if len(text) == self.num_draft + 1:
+            if len(text) == self.depth + 1:
                 law[text] = law.get(text, 0.0) + mass
                 return
             for token, prob in enumerate(self.target[text].tolist()):
@@ -102,8 +109,100 @@ class Block:
         return law
 
     def target_law(self) -> Law:
-        """The target's own law of K + 1 tokens."""
+        """The target's own law of the completed texts."""
         return self.completed({(): 1.0})
+
+
+class TreeBlock(Block):
+    """The drafts of one tree of K nodes.
+
+    Args:
+      target: {path: float64[V]} for every path of up to the tree's depth.
+      drafted: the same for q; with "top_k" children, the nodes are its likeliest tokens.
+      parents: of each node, -1 or an earlier node.
+      children: how siblings are found, see `jaxspec.types.Verifier`.
+      length: how many of the nodes are drafted; None: all.
+    """
+
+    def __init__(
+        self,
+        target: Laws,
+        drafted: Laws,
+        *,
+        parents: Sequence[int],
+        children: str,
+        length: int | None = None,
+    ):
+        super().__init__(target, drafted)
+        self.parents, self.children = tuple(parents), children
+        self.num_draft = len(self.parents)
+        self.length = self.num_draft if length is None else length
+
+    @property
+    def is_drawn(self) -> bool:
+        """As `Block.is_drawn`."""
+        return self.children != "top_k"
+
+    def _path(self, text: Text, slot: int) -> Text:
+        """The tokens down to a node, itself included; () for the pending token."""
+        if slot < 0:
+            return ()
+        return (*self._path(text, self.parents[slot]), text[slot])
+
+    def _is_missing(self, text: Text, slot: int) -> bool:
+        return self.vocab_size in self._path(text, slot)
+
+    def texts(self) -> list[tuple[Text, float]]:
+        """Every possible draft with its probability; V stands for a node that does not exist."""
+        found: list[tuple[Text, float]] = [((), 1.0)]
+        for slot, parent in enumerate(self.parents):
+            longer = []
+            for text, mass in found:
+                for token, share in enumerate(self._shares(text, slot, parent)):
+                    if share > 0:
+                        longer.append(((*text, token), mass * share))
+            found = longer
+        return found
+
+    def _shares(self, text: Text, slot: int, parent: int) -> Array:
+        """Probabilities float64[V + 1] of a node's token, given those before it."""
+        missing = np.eye(self.vocab_size + 1)[-1]
+        if self._is_missing(text, parent):
+            return missing
+        assert self.drafted is not None
+        law = np.append(self.drafted[self._path(text, parent)], 0.0)
+        elder = [text[i] for i in range(slot) if self.parents[i] == parent]
+        if self.children == "independent":
+            return law
+        law[elder] = 0.0
+        if law.sum() == 0:
+            return missing
+        if self.children == "top_k":
+            return np.eye(self.vocab_size + 1)[np.argmax(law)]
+        return law / law.sum()
+
+    def arrays(self, texts: list[Text]) -> tuple[Draft, jax.Array]:
+        """As `Block.arrays`."""
+        assert self.drafted is not None
+        any_law = np.full(self.vocab_size, 1.0 / self.vocab_size)
+
+        def laws(of: Laws, text: Text, slots: Sequence[int]) -> list[Array]:
+            return [
+                any_law if self._is_missing(text, s) else of[self._path(text, s)] for s in slots
+            ]
+
+        slots = range(-1, self.num_draft)
+        with np.errstate(divide="ignore"):
+            target = np.log([laws(self.target, text, slots) for text in texts])
+            drafted = np.log([laws(self.drafted, text, self.parents) for text in texts])
+        is_missing = np.array([[self._is_missing(t, s) for s in slots[1:]] for t in texts])
+        draft = Draft(
+            jnp.asarray(np.where(is_missing, 0, np.array(texts)), jnp.int32),
+            jnp.asarray(drafted, jnp.float32) if self.is_drawn else None,
+            jnp.full((len(texts),), self.length, jnp.int32),
+            parents=jnp.asarray(np.where(is_missing, NO_NODE, np.array(self.parents)), jnp.int32),
+        )
+        return draft, jnp.asarray(target, jnp.float32)
 
 
 def emitted_laws(verifier: Any, blocks: Sequence[Block]) -> list[Law]:
@@ -129,9 +228,13 @@ def emitted_laws(verifier: Any, blocks: Sequence[Block]) -> list[Law]:
     draft, target = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
     rows = len(owners)
 
-    def run(numbers: Array) -> tuple[Array, Array]:
+    def run(numbers: Array) -> tuple[Array, Array, Array]:
         verdict = _judge(verifier, jnp.asarray(numbers), draft, target)
-        return np.asarray(verdict.tokens), np.asarray(verdict.num_accepted)
+        tokens, count = np.asarray(verdict.tokens), np.asarray(verdict.num_accepted)
+        if verdict.path is None:
+            return tokens, count, count
+        last = np.asarray(verdict.path)[np.arange(rows), np.maximum(count - 1, 0)]
+        return tokens, count, np.where(count > 0, last + 1, 0)  # the node that stands
 
     borders = _test_borders(run, rows, size)
     laws: list[Law] = [{} for _ in blocks]
@@ -151,7 +254,7 @@ def emitted_laws(verifier: Any, blocks: Sequence[Block]) -> list[Law]:
     return laws
 
 
-def _test_borders(run: Callable[[Array], tuple[Array, Array]], rows: int, size: int) -> Array:
+def _test_borders(run: _Run, rows: int, size: int) -> Array:
     """Where each draft's test turns from failing to passing, float64[rows, K]; 1: never.
 
     A test may be hidden while others pass or fail (the first failure ends `rejection`, the last
@@ -163,17 +266,17 @@ def _test_borders(run: Callable[[Array], tuple[Array, Array]], rows: int, size: 
             numbers = np.full((rows, size + 1, 3), 0.5, np.float32)
             numbers[:, [j for j in range(size) if j != i], 0] = others
 
-            def count(u: Array, i: int = i, numbers: Array = numbers) -> Array:
+            def end(u: Array, i: int = i, numbers: Array = numbers) -> Array:
                 at = numbers.copy()
                 at[:, i, 0] = u
-                return run(at)[1]
+                return run(at)[2]
 
-            lowest, highest = count(np.zeros(rows)), count(np.full(rows, _ALMOST_ONE))
+            lowest, highest = end(np.zeros(rows)), end(np.full(rows, _ALMOST_ONE))
             changes = lowest != highest
             if changes.any():
 
-                def differs(u: Array, count: Any = count, lowest: Array = lowest) -> Array:
-                    return count(u) != lowest
+                def differs(u: Array, end: Any = end, lowest: Array = lowest) -> Array:
+                    return end(u) != lowest
 
                 found = _smallest(differs, rows)
                 borders[:, i] = np.where(changes & np.isnan(borders[:, i]), found, borders[:, i])
@@ -194,7 +297,7 @@ def _smallest(holds: Callable[[Array], Array], rows: int) -> Array:
 
 
 def _split_by_token(
-    run: Callable[[Array], tuple[Array, Array]], numbers: Array, volume: Array, vocab_size: int
+    run: _Run, numbers: Array, volume: Array, vocab_size: int
 ) -> Iterator[tuple[int, Text, float]]:
     """Splits each row's piece by the token drawn at its end: (row, emitted text, mass)."""
     rows = len(volume)
@@ -202,7 +305,7 @@ def _split_by_token(
     def last_token(u: Array) -> Array:
         at = numbers.copy()
         at[:, :, 2] = u[:, None]
-        tokens, count = run(at)
+        tokens, count, _ = run(at)
         return tokens[np.arange(rows), count]
 
     borders = [np.zeros(rows)]
@@ -216,14 +319,14 @@ def _split_by_token(
     for first, end in itertools.pairwise(borders):
         at = numbers.copy()
         at[:, :, 2] = np.minimum((first + end) / 2, _ALMOST_ONE)[:, None]
-        tokens, count = run(at)
+        tokens, count, _ = run(at)
         for row in range(rows):
             mass = volume[row] * (end[row] - first[row])
             if mass > 0:
                 yield row, tuple(tokens[row, : count[row] + 1].tolist()), float(mass)
 
 
-def _check_pieces(run: Callable[[Array], tuple[Array, Array]], borders: Array) -> None:
+def _check_pieces(run: _Run, borders: Array) -> None:
     """The verdict must be constant inside each piece, but for [i, 2]: tried at random points."""
     rng = np.random.default_rng(0)
     rows, size = borders.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from jaxspec.arguments import check_type
 from jaxspec.testing.comparison import FALSE_ALARM, compare
-from jaxspec.testing.enumeration import Block, Laws, emitted_laws
+from jaxspec.testing.enumeration import Block, Laws, TreeBlock, emitted_laws
 from jaxspec.testing.oracle import Text
 from jaxspec.types import NO_TOKEN, Draft, Verdict, Verifier
 from jaxspec.verifiers import ratio
@@ -87,6 +88,7 @@ def check_verifier(
     *,
     vocab_size: int = 3,
     num_draft: int = 2,
+    parents: Sequence[int] | None = None,
     seed: int = 0,
     num_samples: int = 100_000,
     false_alarm: float = FALSE_ALARM,
@@ -106,7 +108,9 @@ def check_verifier(
     Args:
       verifier: the rule, from `jaxspec.verifiers` or your own.
       vocab_size: V ≥ 2, small.
-      num_draft: K ≥ 1, small.
+      num_draft: K ≥ 1, small; of chains.
+      parents: a tree to draft instead, of K nodes: of each its parent, -1 for the pending token or
+        an earlier node. Its children are found in every way that the rule takes.
       seed: of the random laws.
       num_samples: for a rule that is sampled.
       false_alarm: the probability with which a correct rule that is sampled fails a case.
@@ -125,12 +129,19 @@ def check_verifier(
       (True, True)
     """
     check_type("verifier", verifier, Verifier, "jaxspec.verifiers")
+    if parents is not None:
+        num_draft = len(parents)
+        _check_parents(verifier, parents)
     if not (2 <= vocab_size <= 256 and num_draft >= 1 and vocab_size**num_draft <= 4096):
         raise ValueError(
             "check_verifier enumerates every draft: it takes 2 ≤ vocab_size ≤ 256, num_draft ≥ 1 "
             f"and at most 4,096 drafts, got {vocab_size} ** {num_draft}."
         )
-    cases = blocks(vocab_size=vocab_size, num_draft=num_draft, seed=seed)
+    if parents is None:
+        cases = blocks(vocab_size=vocab_size, num_draft=num_draft, seed=seed)
+    else:
+        kinds = getattr(verifier, "takes_children", ())
+        cases = tree_blocks(parents, kinds, vocab_size=vocab_size, seed=seed)
     if getattr(verifier, "needs_greedy_sampling", False):
         cases = {name: block for name, block in cases.items() if "greedy" in name}
     if problem := _plain_problem(verifier, vocab_size):
@@ -190,14 +201,65 @@ def blocks(*, vocab_size: int, num_draft: int, seed: int) -> dict[str, Block]:
     return cases
 
 
+def tree_blocks(
+    parents: Sequence[int], kinds: Sequence[str], *, vocab_size: int, seed: int
+) -> dict[str, Block]:
+    """The cases of `check_verifier` for a tree: {name: laws}.
+
+    Args:
+      parents: of each node.
+      kinds: how its children are found.
+      vocab_size: V.
+      seed: of the laws.
+    """
+    depths = [0]
+    for parent in parents:
+        depths.append(depths[parent + 1] + 1)
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "num_draft": max(depths)}
+    target, drafted = random_laws([seed, 0], **sizes), random_laws([seed, 1], **sizes)
+    near = {text: 0.7 * target[text] + 0.3 * drafted[text] for text in target}
+    some_zeros = random_laws([seed, 2], **sizes, zeros=1)
+    other_zeros = random_laws([seed, 3], **sizes, zeros=1)
+    greedy = {text: np.eye(vocab_size)[np.argmax(law)] for text, law in target.items()}
+    laws = {
+        "disagreeing": (target, drafted),
+        "near": (target, near),
+        "equal": (target, target),
+        "zeros in both": (some_zeros, other_zeros),
+        "zeros in the target": (some_zeros, drafted),
+        "zeros in the draft": (target, other_zeros),
+        "drafts as point masses": (target, greedy),  # q is used up by the first child
+        "greedy": (greedy, drafted),
+    }
+    cases: dict[str, Block] = {}
+    for kind in kinds:
+        for name, (p, q) in laws.items():
+            cases[f"{kind}, {name}"] = TreeBlock(p, q, parents=parents, children=kind)
+        cases[f"{kind}, {len(parents) - 1} of {len(parents)} drafted"] = TreeBlock(
+            target, near, parents=parents, children=kind, length=len(parents) - 1
+        )
+    return cases
+
+
+def _check_parents(verifier: Any, parents: Sequence[int]) -> None:
+    if not getattr(verifier, "takes_children", ()):
+        raise ValueError(
+            f"{type(verifier).__name__} judges chains; a rule for trees says in its takes_children "
+            "what trees it is exact for (jaxspec.types.Verifier)."
+        )
+    if not parents or not all(-1 <= parent < slot for slot, parent in enumerate(parents)):
+        raise ValueError(
+            "parents must name an earlier node each, or -1 for the pending token, got "
+            f"{list(parents)}."
+        )
+
+
 def _enumerated(verifier: Any, cases: dict[str, Block]) -> list[VerifierCase]:
     found = {}
     for is_sampled in (True, False):
-        group = {
-            name: block
-            for name, block in cases.items()
-            if (block.drafted is not None) == is_sampled
-        }
+        group = {name: block for name, block in cases.items() if block.is_drawn == is_sampled}
+        if not group:
+            continue
         problems = [_call_problem(verifier, block) for block in group.values()]
         if bad := {name: p for name, p in zip(group, problems, strict=True) if p}:
             return [
@@ -311,7 +373,18 @@ def _form_problem(verdict: Any, draft: Draft, vocab_size: int) -> str:
         return "num_accepted must lie in 0 … draft.length: a correction is no accepted draft"
     slots = np.arange(num_slots + 1)
     is_draft = slots[:-1] < accepted[:, None]
-    if (tokens[:, :-1][is_draft] != np.asarray(draft.tokens)[is_draft]).any():
+    drafted = np.asarray(draft.tokens)
+    if draft.parents is not None:
+        if verdict.path is None or verdict.path.shape[1] > num_slots:
+            return "a rule for trees says in path [P ≤ K] which slots it accepted"
+        path = np.asarray(verdict.path)
+        path = np.c_[path, np.tile(slots[path.shape[1] : -1], (num_rows, 1))]
+        drafted = np.take_along_axis(drafted, path, axis=1)
+        above = np.take_along_axis(np.asarray(draft.parents), path, axis=1)
+        is_below = above == np.c_[np.full(num_rows, NO_TOKEN), path[:, :-1]]
+        if (is_draft & ~is_below).any() or (~is_draft & (path != slots[:-1])).any():
+            return "path must go down from the pending token, and behind it name each slot itself"
+    if (tokens[:, :-1][is_draft] != drafted[is_draft]).any():
         return "the accepted drafts must stand first among the verdict's tokens"
     if (tokens[slots[None] == accepted[:, None]] < 0).any():
         return "a correction or bonus must stand behind the accepted drafts"

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from jaxspec import drawing, pytree
 from jaxspec.types import NO_TOKEN, Draft, Verdict
+from jaxspec.verifiers import walking
+from jaxspec.verifiers.descent import descend
 
 Array: TypeAlias = jax.Array
 
@@ -19,11 +21,14 @@ class Greedy:
 
     guarantee: ClassVar[str] = "distribution"
     needs_greedy_sampling: ClassVar[bool] = True
+    takes_children: ClassVar[tuple[str, ...]] = ("top_k", "independent", "without_replacement")
 
     def __call__(self, keys: Array, draft: Draft, target_log_probs: Array) -> Verdict:
         """Judges one row's draft; see `jaxspec.types.Verifier`."""
         del keys  # nothing is drawn
         best = jax.vmap(drawing.argmax)(target_log_probs)
+        if draft.parents is not None:
+            return descend(walking.Tree.of(draft, target_log_probs), lambda node: best[node])
         slots = jnp.arange(best.shape[0])
         matches = (draft.tokens == best[:-1]) & (slots[:-1] < draft.length)
         num_accepted = jnp.sum(jnp.cumprod(matches.astype(jnp.int32)), dtype=jnp.int32)
@@ -34,7 +39,8 @@ class Greedy:
 def greedy() -> Greedy:
     """Accepts a draft while it is the target's argmax; the next argmax follows.
 
-    For temperature 0 only, where it is exact; ties go to the lowest id, as in plain decoding.
+    For temperature 0 only, where it is exact; ties go to the lowest id, as in plain decoding. In a
+    tree it goes down to the child that is the argmax.
 
     Returns:
       A verifier: keys key[K + 1] (unused), draft, target_log_probs f32[K + 1, V] -> `Verdict`.
