@@ -92,7 +92,8 @@ class LanguageModel:
       init_cache: see above (static).
       vocab_size: V, the number of token ids and of logits (static).
       compact: `compact(cache, start i32[B], path i32[B, P]) -> cache` moves the nodes of an
-        accepted path together; needed for trees only (static).
+        accepted path together: slot start + i takes what slot start + path[i] holds, where path
+        rises and path[i] ≥ i; needed for trees only (static).
       max_length: the longest prompt + output that the model is made for; None: no limit (static).
       eos_ids: the tokens that end a text by default (static).
       default_drafter: what `generate(drafter="auto")` uses; None: prompt lookup.

@@ -291,6 +291,37 @@ def write_slots(buffer: Array, new: Array, start: Array, *, axis: int) -> Array:
     return jax.vmap(write_row)(buffer, new, start)
 
 
+def compact(cache: KVCache, start: Array, path: Array) -> KVCache:
+    """Moves the nodes of an accepted path together: `jaxspec.LanguageModel.compact`.
+
+    Keys stay valid, as a node's position is its depth and not its slot.
+
+    Args:
+      cache: written in place.
+      start: i32[B], the slot of each row's first draft.
+      path: i32[B, P] rising; slot start + i takes what slot start + path[i] holds.
+
+    Returns:
+      The cache.
+    """
+    source = start[:, None] + path
+
+    def move(buffer: Array, axis: int) -> Array:
+        def read(row: Array, slots: Array) -> Array:
+            return jnp.take(row, slots, axis=axis - 1, mode="clip")
+
+        if buffer.shape[0] == 1:  # as in `write_slots`
+            moved = read(buffer[0], source[0])[None]
+        else:
+            moved = jax.vmap(read)(buffer, source)
+        return write_slots(buffer, moved, start, axis=axis)
+
+    return KVCache(
+        keys=tuple(move(keys, 3) for keys in cache.keys),
+        values=tuple(move(values, 2) for values in cache.values),
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Attention.
 

@@ -418,6 +418,7 @@ def language_model(config: LlamaConfig, params: Any) -> jaxspec.LanguageModel:
         apply=_Apply(config),
         init_cache=InitCache(config),
         vocab_size=config.vocab_size,
+        compact=layers.compact,
         max_length=config.max_position_embeddings,
         eos_ids=config.eos_ids,
     )

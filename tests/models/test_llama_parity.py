@@ -18,7 +18,7 @@ from support.mutants import mutant
 
 import jaxspec
 from jaxspec.testing import table_model
-from jaxspec_models import llama
+from jaxspec_models import layers, llama
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 NAMES = ["mha", "gqa_tied", "bias_linear", "llama3", "llama3_bias_tied"]
@@ -314,6 +314,44 @@ def test_every_path_of_a_tree_has_the_logits_of_its_chain(name):
             first = data["tree/prefix"][row]
             chain = chains.logits[row, first : first + len(path)]
             assert max_error(logits[row, path], chain) <= TOLERANCE
+
+
+def go_on_behind_paths(data, run, compact):
+    """Feeds each row's tree and a token behind its last leaf: f32[B, V], and its chain's."""
+    tokens, parents, prefix = (data[f"tree/{key}"] for key in ("tokens", "parents", "prefix"))
+    batch, nodes = tokens.shape
+    masks, depths = (np.stack(x) for x in zip(*map(ancestors, parents), strict=True))
+    _, cache = run.full(data["input_ids"])
+    _, cache = run(
+        tokens, cache, prefix, positions=(prefix[:, None] + depths).astype(np.int32), mask=masks
+    )
+    paths = np.tile(np.arange(nodes, dtype=np.int32), (batch, 1))
+    texts, lengths = data["input_ids"].copy(), np.zeros(batch, np.int32)
+    for row in range(batch):
+        path = np.flatnonzero(masks[row, leaves_of(parents[row])[-1]])
+        paths[row, : len(path)] = path
+        lengths[row] = prefix[row] + len(path)
+        texts[row, prefix[row] : lengths[row]] = tokens[row, path]
+    assert (paths != np.arange(nodes)).any(axis=1).all()  # there is something to move
+    cache = compact(cache, jnp.asarray(prefix, jnp.int32), jnp.asarray(paths))
+    new = np.full((batch, 1), 7, np.int32)
+    output, _ = run(new, cache, lengths)
+    _, chain_cache = run.full(texts)
+    return output.logits, run(new, chain_cache, lengths)[0].logits
+
+
+def test_compaction_leaves_the_cache_of_the_accepted_chain():
+    ours, chain = go_on_behind_paths(load("llama3"), runner("llama3"), jax.jit(layers.compact))
+    assert max_error(ours, chain) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("start", "path"), [(1, 0), (0, 1), (0, -1)])
+def test_compaction_that_is_off_by_one_is_noticed(start, path):
+    def broken(cache, starts, paths):
+        return layers.compact(cache, starts + start, jnp.maximum(paths + path, 0))
+
+    ours, chain = go_on_behind_paths(load("llama3"), runner("llama3"), broken)
+    assert max_error(ours, chain) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("planted", ["tree_mask", "tree_positions"])
