@@ -286,6 +286,9 @@ def _engine(
             )
         if drafter.hidden_layers:
             target.require(["hidden_layers"], "this drafter")
+        if hasattr(drafter, "num_nodes"):
+            target.require_trees("this drafter")
+            num_draft_tokens = drafter.num_nodes
         _check_pytree(drafter)
     check_type("verifier", verifier, Verifier, "jaxspec.verifiers")
     check_type("policy", policy, Policy, "jaxspec.policies")
@@ -296,11 +299,35 @@ def _engine(
             "sampling=Sampling(temperature=0) with a Python 0, not an array, or leave "
             "verifier=None for the right rule."
         )
-    default = verifiers.greedy() if options.is_greedy else verifiers.block()
-    rule: Verifier = default if verifier is None else verifier
+    rule = _strongest_rule(drafter, options) if verifier is None else verifier
+    _check_children(drafter, rule)
     chosen: Policy = policies.fixed(num_draft_tokens) if policy is None else policy
     kinds = (type(drafter), type(rule), type(chosen))
     return states.Engine(target, drafter, rule, chosen, num_draft_tokens, outputs, kinds)
+
+
+def _strongest_rule(drafter: Any, options: Sampling) -> Verifier:
+    """The lossless rule that accepts most of what a drafter drafts."""
+    if options.is_greedy:
+        return verifiers.greedy()
+    if not hasattr(drafter, "num_nodes"):
+        return verifiers.block()
+    if drafter.children == "top_k":
+        return verifiers.descent()
+    return verifiers.traversal(with_replacement=drafter.children == "independent")
+
+
+def _check_children(drafter: Any, rule: Verifier) -> None:
+    """Refuses a rule for trees that were made otherwise, which would change the output's law."""
+    if not hasattr(drafter, "num_nodes"):
+        return
+    children, takes = drafter.children, getattr(rule, "takes_children", ())
+    if children not in takes:
+        wanted = f"children found as {' or '.join(takes)}" if takes else "chains only"
+        raise ValueError(
+            f"the drafter drafts trees whose children are {children!r}, and {type(rule).__name__} "
+            f"is exact for {wanted}; leave verifier=None for the right rule."
+        )
 
 
 def _check_exact(engine: states.Engine) -> None:

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import sampling, stats, status
+from jaxspec import sampling, stats, status, trees
 from jaxspec.sampling import processing
 from jaxspec.states import Engine, LogProbs, Outputs, Request, State, with_strong_types
 from jaxspec.types import (
+    NO_NODE,
     NO_TOKEN,
+    Branches,
     Cache,
     Context,
     Draft,
@@ -91,7 +93,7 @@ class _Judged(NamedTuple):
     cache: Cache
     draft: Draft  # cut where a law is not finite
     verdict: Verdict
-    num_finite: Array  # i32[B], positions with a finite law before the first without
+    num_finite: Array  # i32[B], accepted positions with a finite law before the first without
     log_probs: LogProbs  # [B, K + 1], of the verdict's tokens
     zeros: stats.ZeroProbabilities
     target_log_probs: Array  # f32[B, K + 1, V]
@@ -163,7 +165,7 @@ def _judge(
             judged = lax.fori_loop(0, (chosen == i).astype(jnp.int32), judge, judged)
         return judged
 
-    if len(widths) == 1:
+    if len(widths) == 1 or draft.parents is not None:
         return at_full_width(state.cache, draft, is_active)
     # Elsewhere a loop of dynamic length costs more than the tokens it would save.
     return lax.platform_dependent(
@@ -192,19 +194,30 @@ def _judge_at_width(
     pending = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
     fed = jnp.concatenate([pending, draft.tokens], axis=1)
     num_new = jnp.where(is_active, 1 + draft.length, 0)
-    output, cache = engine.target.forward(
-        fed, cache, start=start, num_new=num_new, hidden_layers=engine.hidden_layers
+    forward = functools.partial(
+        engine.target.forward,
+        fed,
+        cache,
+        start=start,
+        num_new=num_new,
+        hidden_layers=engine.hidden_layers,
     )
-    logits = output.logits
-
     # The sampling options at every position, each with the drafts before it as its prefix.
-    scores = processing.process_positions(
-        logits, request.options, _history(request, state), draft.tokens
-    )
+    history = _history(request, state)
+    if draft.parents is None:
+        output, cache = forward()
+        logits = output.logits
+        scores = processing.process_positions(logits, request.options, history, draft.tokens)
+    else:
+        paths, depths = jax.vmap(trees.paths)(draft.parents, draft.tokens)
+        mask = jax.vmap(trees.ancestors)(draft.parents)
+        output, cache = forward(branches=Branches(start, mask, start[:, None] + depths))
+        logits = output.logits
+        scores = processing.process_nodes(logits, request.options, history, paths, depths)
 
     # A position without a finite law ends the draft there: what stands before it is verified as
     # ever, and the row stops when it gets there.
-    draft, num_finite = _cut_at_nonfinite(draft, logits, scores.log_probs)
+    draft, is_finite = _cut_at_nonfinite(draft, logits, scores.log_probs)
 
     if _is_keyed_by_position(engine.verifier):
         keys = _noise_keys(request.keys, state.lengths, width)
@@ -214,7 +227,19 @@ def _judge_at_width(
     tokens = verdict.tokens.astype(jnp.int32)
     offsets = jnp.arange(width, dtype=jnp.int32)
     emitted = jnp.where(offsets[None] <= verdict.num_accepted[:, None], tokens, 0)
-    log_probs = _reported(engine.outputs, request.options, logits, scores.report, emitted)
+    report = scores.report
+    if draft.parents is not None:
+        assert verdict.path is not None  # `arguments` lets only rules for trees judge trees
+        assert engine.target.compact is not None
+        cache = engine.target.compact(cache, start + 1, verdict.path)
+        # Along the accepted path, as if the drafts had been a chain.
+        nodes = _path_nodes(verdict.path, width)
+        is_finite = jnp.take_along_axis(is_finite, nodes, axis=1)
+        logits, report = (
+            jnp.take_along_axis(x, nodes[:, :, None], axis=1) for x in (logits, report)
+        )
+    log_probs = _reported(engine.outputs, request.options, logits, report, emitted)
+    num_finite = jnp.sum(jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
 
     zeros = stats.zero_probabilities(draft, scores.log_probs)
     is_fallback = verdict.is_fallback
@@ -228,7 +253,7 @@ def _judge_at_width(
 
     return _Judged(
         cache=cache,
-        draft=whole._replace(length=draft.length),
+        draft=whole._replace(length=draft.length, parents=draft.parents),
         verdict=verdict._replace(
             tokens=widen(tokens, NO_TOKEN),
             num_accepted=verdict.num_accepted.astype(jnp.int32),
@@ -240,6 +265,12 @@ def _judge_at_width(
         target_log_probs=widen(scores.log_probs),
         hidden=jax.tree.map(widen, output.hidden),
     )
+
+
+def _path_nodes(path: Array, width: int) -> Array:
+    """The nodes along i32[B, P] slots, the pending token first: i32[B, width]."""
+    nodes = jnp.tile(jnp.arange(width, dtype=jnp.int32), (path.shape[0], 1))
+    return nodes.at[:, 1 : path.shape[1] + 1].set(path + 1)
 
 
 def _reported(
@@ -266,7 +297,10 @@ def _propose(engine: Engine, request: Request, state: State, is_active: Array) -
     if engine.drafter is None:
         return Draft(jnp.zeros((batch, 0), jnp.int32), None, jnp.zeros((batch,), jnp.int32)), None
     # The round emits one token beside the drafts: more than the remainder is never drafted.
-    most = jnp.minimum(request.max_lengths - state.lengths - 1, num_slots)
+    most = request.max_lengths - state.lengths - 1
+    if hasattr(engine.drafter, "num_nodes"):  # of a tree, nodes are no tokens
+        most = jnp.where(most > 0, num_slots, 0)
+    most = jnp.minimum(most, num_slots)
     num_draft = jnp.clip(engine.policy.num_draft(state.policy), 0, most)
     num_draft = jnp.where(is_active, num_draft, 0)
     noise_keys = None
@@ -308,13 +342,17 @@ def _cut_at_nonfinite(draft: Draft, logits: Array, log_probs: Array) -> tuple[Dr
         bans may leave nothing.
 
     Returns:
-      The draft, and i32[B] the offset of the first position with NaN or +inf (or nothing but
-      -inf); K + 1 where there is none.
+      The draft, and bool[B, K + 1] where a law is finite.
     """
     # A maximum is NaN or +inf if any element is.
     is_finite = jnp.isfinite(jnp.max(logits, axis=-1)) & jnp.isfinite(jnp.max(log_probs, axis=-1))
-    num_finite = jnp.sum(jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
-    return draft._replace(length=jnp.minimum(draft.length, num_finite)), num_finite
+    if draft.parents is None:
+        num_finite = jnp.sum(
+            jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32
+        )
+        return draft._replace(length=jnp.minimum(draft.length, num_finite)), is_finite
+    above = jnp.take_along_axis(is_finite, jnp.maximum(draft.parents + 1, 0), axis=1)
+    return draft._replace(parents=jnp.where(above, draft.parents, NO_NODE)), is_finite
 
 
 def _truncate(

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxspec import trees
 from jaxspec.types import Draft, Outcome
 
 Array: TypeAlias = jax.Array
@@ -108,18 +109,19 @@ def update(stats: Stats, outcome: Outcome, zeros: ZeroProbabilities) -> Stats:
     """
     took_part = outcome.is_active.astype(jnp.int32)
     was_cut = outcome.num_emitted < outcome.verdict.num_accepted + 1
-    counted = jnp.where(
-        was_cut, jnp.minimum(outcome.draft.length, outcome.num_emitted), outcome.draft.length
-    )
     bins = jnp.arange(stats.acceptance_histogram.shape[1])
     hit = (bins[None] == outcome.num_accepted[:, None]).astype(jnp.int32)
     is_impossible, is_hopeless = zeros
-    slots = jnp.arange(outcome.draft.tokens.shape[1])[None]
-    num_impossible = jnp.sum(is_impossible & (slots < counted[:, None]), axis=1, dtype=jnp.int32)
-    # Without a cut, the step ended at the first draft behind the accepted ones, if there is one.
-    is_end = (slots == outcome.num_accepted[:, None]) & (slots < outcome.draft.length[:, None])
+    nodes, depths, last = _places(outcome)
+    is_draft = jnp.arange(outcome.draft.tokens.shape[1])[None] < outcome.draft.length[:, None]
+    is_draft = is_draft & (nodes >= 0)
+    is_counted = is_draft & (~was_cut[:, None] | (depths <= outcome.num_emitted[:, None]))
+    counted = jnp.sum(is_counted, axis=1, dtype=jnp.int32)
+    num_impossible = jnp.sum(is_impossible & is_counted, axis=1, dtype=jnp.int32)
+    # Without a cut, the step ended at the drafts behind the accepted ones, if there are any.
+    is_end = (nodes == last[:, None]) & is_draft
     ends_here = outcome.is_active & ~was_cut
-    is_zero = jnp.any(is_hopeless & is_end, axis=1) & ends_here
+    is_zero = jnp.any(is_end, axis=1) & jnp.all(is_hopeless | ~is_end, axis=1) & ends_here
     is_fallback = outcome.verdict.is_fallback
     fell_back = jnp.zeros_like(is_zero) if is_fallback is None else is_fallback & ends_here
     return Stats(
@@ -136,6 +138,21 @@ def update(stats: Stats, outcome: Outcome, zeros: ZeroProbabilities) -> Stats:
     )
 
 
+def _places(outcome: Outcome) -> tuple[Array, Array, Array]:
+    """The node that each draft is a child of, its depth, i32[B, K]; the last accepted, i32[B]."""
+    draft, verdict = outcome.draft, outcome.verdict
+    batch, size = draft.tokens.shape
+    if draft.parents is None:
+        slots = jnp.tile(jnp.arange(size, dtype=jnp.int32), (batch, 1))
+        return slots, slots + 1, outcome.num_accepted
+    depths = jnp.sum(jax.vmap(trees.ancestors)(draft.parents), axis=2, dtype=jnp.int32) - 1
+    assert verdict.path is not None  # of a tree
+    at = jnp.maximum(outcome.num_accepted - 1, 0)[:, None]
+    last = jnp.take_along_axis(verdict.path, at, axis=1)[:, 0] + 1
+    last = jnp.where(outcome.num_accepted > 0, last, 0)
+    return draft.parents + 1, depths[:, 1:], last
+
+
 def zero_probabilities(draft: Draft, target_log_probs: Array) -> ZeroProbabilities:
     """Looks up what q and p give to each draft.
 
@@ -145,7 +162,11 @@ def zero_probabilities(draft: Draft, target_log_probs: Array) -> ZeroProbabiliti
     """
     is_outside = (draft.tokens < 0) | (draft.tokens >= target_log_probs.shape[2])
     tokens = jnp.where(is_outside, 0, draft.tokens)[:, :, None]
-    target = jnp.take_along_axis(target_log_probs[:, :-1], tokens, axis=2)[:, :, 0]
+    if draft.parents is None:
+        target = jnp.take_along_axis(target_log_probs[:, :-1], tokens, axis=2)[:, :, 0]
+    else:
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        target = target_log_probs[rows, jnp.maximum(draft.parents + 1, 0), tokens[:, :, 0]]
     is_impossible = is_outside
     if draft.log_probs is not None:
         drafted = jnp.take_along_axis(draft.log_probs, tokens, axis=2)[:, :, 0]

@@ -55,6 +55,20 @@ class ModelOutput(NamedTuple):
     hidden: tuple[Array, ...] = ()
 
 
+class Branches(NamedTuple):
+    """How the tokens of one forward see each other where they are nodes of a tree.
+
+    Attributes:
+      prefix: i32[B], every slot below it is seen.
+      mask: bool[T, W] or bool[B, T, W], which of the slots prefix … prefix + W each token sees.
+      positions: i32[B, T], a node's is that of the pending token plus its depth.
+    """
+
+    prefix: Array
+    mask: Array
+    positions: Array
+
+
 @pytree.dataclass
 class LanguageModel:
     """A language model as pure functions: anything that can be written so is a target or a draft.
@@ -142,6 +156,7 @@ class LanguageModel:
         num_new: Array,
         logits_at: Array | None = None,
         hidden_layers: tuple[int, ...] = (),
+        branches: Branches | None = None,
     ) -> tuple[ModelOutput, Cache]:
         """Calls `apply` with what it understands, and makes good what it does not.
 
@@ -152,6 +167,7 @@ class LanguageModel:
           num_new: i32[B].
           logits_at: i32[B, M] or None: all T positions.
           hidden_layers: a must where not empty.
+          branches: where the tokens are nodes of a tree; None: a chain.
 
         Returns:
           `ModelOutput` with logits f32[B, M or T, V], and the new cache.
@@ -164,9 +180,14 @@ class LanguageModel:
             kwargs["num_new"] = num_new
         if logits_at is not None and self.accepts("logits_at"):
             kwargs["logits_at"] = logits_at
+        positions = None
+        if branches is not None:
+            kwargs["prefix"], kwargs["mask"] = branches.prefix, branches.mask
+            kwargs["positions"] = positions = branches.positions
         if self.max_length is not None and self.accepts("positions"):
             # Padding may lie behind the last position that a model has an embedding for.
-            positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            if positions is None:
+                positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
             kwargs["positions"] = jnp.minimum(positions, self.max_length - 1)
         output, cache = self.apply(self.params, tokens, cache, start=start, **kwargs)
         if not isinstance(output, ModelOutput):
@@ -183,6 +204,17 @@ class LanguageModel:
         if logits_at is not None and logits.shape[1] != logits_at.shape[1]:
             logits = jnp.take_along_axis(logits, logits_at[:, :, None], axis=1)
         return output._replace(logits=logits), cache
+
+    def require_trees(self, whose: str) -> None:
+        """Raises ValueError naming what keeps the model from being fed trees."""
+        purpose = f"{whose} drafts trees, which"
+        self.require(["prefix", "mask", "positions"], purpose)
+        if self.compact is None:
+            raise ValueError(
+                f"{purpose} needs a model with a compact function, which moves an accepted path's "
+                "cache entries together (jaxspec.LanguageModel documents it); without one, draft "
+                "chains."
+            )
 
     def require(self, names: Sequence[str], purpose: str) -> None:
         """Raises ValueError naming the arguments of `names` that `apply` does not take."""
@@ -288,7 +320,7 @@ class Outcome(NamedTuple):
       num_accepted: i32[B], drafts among the committed tokens.
       is_active: bool[B], whether the row took part.
       target_log_probs: f32[B, K + 1, V], the target after the sampling options, at the pending
-        token and at each draft.
+        token and at each draft: in a tree too, node by node (`verdict.path` tells the way).
       hidden: the target's hidden states [B, K + 1, D] of each layer the drafter asked for.
     """
 
@@ -347,7 +379,16 @@ class Verifier(Protocol):
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes tokens, sees the batch, keeps its own state. A registered pytree."""
+    """Proposes tokens, sees the batch, keeps its own state. A registered pytree.
+
+    A drafter of trees also has, static:
+
+    - `num_nodes`: K. Its drafts have `parents`, and K slots whatever `num_draft_tokens` says.
+    - `children`: how a node's children are found, as in `Verifier`'s `takes_children`.
+
+    It drafts as many nodes as `num_draft` says, the first ones of K, and need not ask
+    `keep_drafting`.
+    """
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:

@@ -10,9 +10,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec import pytree, sampling
+from jaxspec.drafters.branching import CHILDREN
 from jaxspec.drafters.choosing import chooser
+from jaxspec.drafters.model_tree import ModelTreeDrafter
 from jaxspec.sampling import Sampling, check, processing
-from jaxspec.types import PREFILL_CHUNK, Cache, Context, Draft, LanguageModel, Outcome, Signals
+from jaxspec.trees import Topology
+from jaxspec.types import (
+    PREFILL_CHUNK,
+    Cache,
+    Context,
+    Draft,
+    LanguageModel,
+    Outcome,
+    Signals,
+)
 
 Array: TypeAlias = jax.Array
 
@@ -104,17 +115,7 @@ class ModelDrafter:
         """
         batch, num_slots = keys.shape
         rows = jnp.arange(batch)
-        options, history = context.sampling, context.history
-        if self.options is not None:
-            options = sampling.spread(self.options, batch, whose="the drafter's ")
-            history = sampling.recall(
-                options,
-                context.tokens,
-                context.lengths,
-                vocab_size=self.lm.vocab_size,
-                prompt_lengths=history.prompt_length,
-                eos_ids=history.eos_ids,
-            )
+        options, history = self.options_for(context)
         shape = (batch, num_slots, self.lm.vocab_size)
         log_probs = None if options.is_greedy else jnp.full(shape, -jnp.inf, jnp.float32)
         choose = chooser(keys, context)
@@ -167,7 +168,7 @@ class ModelDrafter:
                 acceptance=jnp.where(draws, acceptance, progress.acceptance),
             )
 
-        cache, num_cached = self._catch_up(state, context, num_draft > 0)
+        cache, num_cached = self.catch_up(state, context, num_draft > 0)
         progress = lax.while_loop(
             lambda progress: jnp.any(progress.is_open),
             step,
@@ -187,7 +188,51 @@ class ModelDrafter:
         draft = Draft(tokens, progress.log_probs, progress.num_known - context.lengths)
         return draft, ModelState(progress.cache, progress.num_cached)
 
-    def _catch_up(self, state: ModelState, context: Context, is_open: Array) -> tuple[Cache, Array]:
+    def options_for(self, context: Context) -> tuple[sampling.Options, sampling.History]:
+        """The sampling options that shape q, and what they look back on."""
+        options, history = context.sampling, context.history
+        if self.options is not None:
+            options = sampling.spread(
+                self.options, context.lengths.shape[0], whose="the drafter's "
+            )
+            history = sampling.recall(
+                options,
+                context.tokens,
+                context.lengths,
+                vocab_size=self.lm.vocab_size,
+                prompt_lengths=history.prompt_length,
+                eos_ids=history.eos_ids,
+            )
+        return options, history
+
+    def read_text(self, state: ModelState, context: Context, is_open: Array) -> tuple[Array, Cache]:
+        """Feeds what is known and not cached: the logits f32[B, 1, V] behind the pending token."""
+
+        def lags(num_cached: Array) -> Array:
+            return is_open & (num_cached < context.lengths)
+
+        def feed(carry: tuple[Cache, Array, Array]) -> tuple[Cache, Array, Array]:
+            cache, num_cached, logits = carry
+            num_new = jnp.clip(context.lengths - num_cached, 0, _STEP)
+            num_new = jnp.where(lags(num_cached), num_new, 0)
+            fed = jax.vmap(lambda row, at: lax.dynamic_slice(row, (at,), (_STEP,)))(
+                context.tokens, num_cached
+            )
+            last = jnp.maximum(num_new - 1, 0)[:, None]
+            output, cache = self.lm.forward(
+                fed, cache, start=num_cached, num_new=num_new, logits_at=last
+            )
+            logits = jnp.where((num_new > 0)[:, None, None], output.logits, logits)
+            return cache, num_cached + num_new, logits
+
+        cache, num_cached = self.catch_up(state, context, is_open)
+        logits = jnp.zeros((is_open.shape[0], 1, self.lm.vocab_size), jnp.float32)
+        cache, _, logits = lax.while_loop(
+            lambda carry: jnp.any(lags(carry[1])), feed, (cache, num_cached, logits)
+        )
+        return logits, cache
+
+    def catch_up(self, state: ModelState, context: Context, is_open: Array) -> tuple[Cache, Array]:
         """Feeds rows that lag whole chunks of their text.
 
         The other rows are fed their beginning once more: a chunk behind their text might not fit,
@@ -222,7 +267,13 @@ class ModelDrafter:
         return state._replace(num_cached=jnp.where(outcome.is_active, num_cached, state.num_cached))
 
 
-def model(lm: LanguageModel, *, sampling: Sampling | None = None) -> ModelDrafter:
+def model(
+    lm: LanguageModel,
+    *,
+    sampling: Sampling | None = None,
+    tree: Topology | None = None,
+    children: str = "without_replacement",
+) -> ModelDrafter | ModelTreeDrafter:
     """Drafts with a smaller language model over the same vocabulary.
 
     By default it samples under the target's own options, so that temperature, top-k, … shape q
@@ -233,13 +284,19 @@ def model(lm: LanguageModel, *, sampling: Sampling | None = None) -> ModelDrafte
     Args:
       lm: the draft model.
       sampling: the draft's own options, each one number or an array [B]; None: the target's.
+      tree: drafts this tree (`jaxspec.trees`) in the place of a chain, one forward a level; K is
+        its number of nodes then, whatever `num_draft_tokens` says.
+      children: how the children of a node are found, at temperatures above 0:
+        "without_replacement" (drawn from q, none twice), "independent" (each drawn from q), or
+        "top_k" (q's likeliest tokens, not drawn). At temperature 0 they are the likeliest.
 
     Returns:
       A drafter.
 
     Raises:
-      ValueError: `lm` is no `LanguageModel`, `sampling` no `Sampling` or out of range. (That its
-        vocabulary is the target's, `generate` checks.)
+      ValueError: `lm` is no `LanguageModel`, or one that cannot be fed trees where it has to;
+        `sampling` no `Sampling` or out of range; `tree` no `Topology`. (That its vocabulary is
+        the target's, `generate` checks.)
 
     References:
       Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
@@ -265,4 +322,15 @@ def model(lm: LanguageModel, *, sampling: Sampling | None = None) -> ModelDrafte
         )
     if sampling is not None and not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a jaxspec.Sampling, got {type(sampling).__name__}.")
-    return ModelDrafter(lm, None if sampling is None else check(sampling, lm.vocab_size))
+    options = None if sampling is None else check(sampling, lm.vocab_size)
+    if tree is None:
+        return ModelDrafter(lm, options)
+    if not isinstance(tree, Topology):
+        raise ValueError(
+            f"tree must be a jaxspec.trees.Topology, got {type(tree).__name__}; "
+            "jaxspec.trees.kary, comb and sequoia make some."
+        )
+    if children not in CHILDREN:
+        raise ValueError(f"children must be one of {', '.join(CHILDREN)}; got {children!r}.")
+    lm.require_trees("drafters.model with a tree")
+    return ModelTreeDrafter(ModelDrafter(lm, options), tree, children)

@@ -118,6 +118,26 @@ def process_positions(logits: Array, options: Options, history: History, drafts:
     return of_row(logits, options, history, drafts, offsets)
 
 
+def process_nodes(
+    logits: Array, options: Options, history: History, paths: Array, depths: Array
+) -> Scores:
+    """`process` at nodes of every row's tree, each behind its own path.
+
+    Args:
+      logits: float[B, M, V], behind each node.
+      options: from `resolve`.
+      history: the loop's.
+      paths: i32[B, M, P], the tokens on the way to each node, itself included.
+      depths: i32[B, M], how many of them there are.
+
+    Returns:
+      `Scores`, each f32[B, M, V].
+    """
+    of_nodes = jax.vmap(process, in_axes=(0, None, None, 0, 0))
+    of_row = jax.vmap(of_nodes, in_axes=(0, options.row_axes(), 0, 0, 0))
+    return of_row(logits, options, history, paths, depths)
+
+
 def _penalized(
     logits: Array, options: Options, history: History, prefix: Array, prefix_length: Array
 ) -> Array:

@@ -20,7 +20,8 @@ class _Apply:
     """Logits from a table indexed by the last `order` tokens, read back from the cache.
 
     The cache holds the tokens of every slot. Reading the context from it, and not from the
-    call's own tokens, makes a stale slot, a wrong start or a missing token change the law.
+    call's own tokens, makes a stale slot, a wrong start or a missing token change the law. So
+    does a position that is not the number of tokens seen before.
     """
 
     order: int
@@ -33,11 +34,14 @@ class _Apply:
         cache: Array,
         *,
         start: Array,
+        positions: Array | None = None,
         num_new: Array | None = None,
+        prefix: Array | None = None,
+        mask: Array | None = None,
         logits_at: Array | None = None,
     ) -> tuple[ModelOutput, Array]:
         del num_new
-        width = tokens.shape[1]
+        batch, width = tokens.shape
 
         def row(slots: Array, new: Array, at: Array) -> tuple[Array, Array]:
             slots = jax.lax.dynamic_update_slice(slots, new, (at,))
@@ -49,7 +53,32 @@ class _Apply:
                 index = index * self.vocab_size + token
             return slots, params[index]
 
-        cache, logits = jax.vmap(row)(cache, tokens, start)
+        def branching_row(
+            slots: Array, new: Array, at: Array, prefix: Array, mask: Array, positions: Array
+        ) -> tuple[Array, Array]:
+            slots = jax.lax.dynamic_update_slice(slots, new, (at,))
+            numbers = jnp.arange(slots.shape[0], dtype=jnp.int32)
+            offset = numbers - prefix
+            is_inside = (offset >= 0) & (offset < mask.shape[1])
+            allowed = mask[:, jnp.where(is_inside, offset, 0)]
+            is_seen = (offset < 0)[None] | (is_inside[None] & allowed)
+            latest, _ = jax.lax.top_k(jnp.where(is_seen, numbers[None], -1), self.order)
+            seen = jnp.where(latest >= 0, slots[jnp.maximum(latest, 0)], 0)
+            index = jnp.zeros((width,), jnp.int32)
+            for back in range(self.order - 1, -1, -1):
+                index = index * self.vocab_size + seen[:, back]
+            is_right = positions == jnp.sum(is_seen, axis=1) - 1
+            logits = params[index]
+            return slots, jnp.where(is_right[:, None], logits, logits[:, ::-1])
+
+        if mask is None:
+            cache, logits = jax.vmap(row)(cache, tokens, start)
+        else:
+            assert prefix is not None
+            assert positions is not None
+            mask = mask if mask.ndim == 3 else mask[None]
+            mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
+            cache, logits = jax.vmap(branching_row)(cache, tokens, start, prefix, mask, positions)
         if logits_at is not None:
             logits = jnp.take_along_axis(logits, logits_at[:, :, None], axis=1)
         return ModelOutput(logits), cache
@@ -58,6 +87,13 @@ class _Apply:
 def _init_cache(batch: int, capacity: int, max_step: int) -> Array:
     del max_step
     return jnp.zeros((batch, capacity), jnp.int32)
+
+
+def _compact(cache: Array, start: Array, path: Array) -> Array:
+    def row(slots: Array, start: Array, path: Array) -> Array:
+        return slots.at[start + jnp.arange(path.shape[0])].set(slots[start + path])
+
+    return jax.vmap(row)(cache, start, path)
 
 
 def table_model(logits: Any, *, order: int, eos_ids: Sequence[int] = ()) -> LanguageModel:
@@ -92,7 +128,12 @@ def table_model(logits: Any, *, order: int, eos_ids: Sequence[int] = ()) -> Lang
         )
     size = table.shape[1]
     return LanguageModel(
-        table, _Apply(order, size), _init_cache, vocab_size=size, eos_ids=tuple(eos_ids)
+        table,
+        _Apply(order, size),
+        _init_cache,
+        vocab_size=size,
+        compact=_compact,
+        eos_ids=tuple(eos_ids),
     )
 
 

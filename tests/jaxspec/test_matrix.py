@@ -21,6 +21,12 @@ from jaxspec.testing import Oracle
 
 exactness = pytest.mark.exactness
 _DISTANCE, _POWER = 0.03, 0.99
+PROVEN_RUNS = [
+    *matrix.DEFAULT_RUNS,
+    *matrix.RUNS_LOOKING_BACK,
+    *matrix.TREE_RUNS,
+    *matrix.TREE_RUNS_LOOKING_BACK,
+]
 
 
 def prove(run, record_property):
@@ -35,11 +41,14 @@ def prove(run, record_property):
 def test_the_matrix_is_large_enough():
     assert sum(map(matrix.cells_of, matrix.DEFAULT_RUNS)) >= 120
     assert sum(map(matrix.cells_of, matrix.RUNS_LOOKING_BACK)) >= 80
+    assert sum(map(matrix.cells_of, matrix.TREE_RUNS + matrix.TREE_RUNS_LOOKING_BACK)) >= 60
     for axis, names in enumerate(
         (matrix.DRAFTERS, matrix.VERIFIERS, matrix.POLICIES, matrix.MIXES)
     ):
         missing = set(names) - {run[axis] for run in matrix.DEFAULT_RUNS} - {"default"}
         assert not missing
+    for axis, names in enumerate((matrix.TREE_DRAFTERS, matrix.TREE_VERIFIERS)):
+        assert set(names) <= {run[axis] for run in matrix.TREE_RUNS}
     pairs = {(run.policy, run.mix) for run in matrix.DEFAULT_RUNS}
     assert len(pairs) == len(matrix.POLICIES) * len(matrix.MIXES)
 
@@ -63,7 +72,7 @@ def test_every_option_moves_the_law(mix, group):
 
 
 @exactness
-@pytest.mark.parametrize("run", matrix.DEFAULT_RUNS + matrix.RUNS_LOOKING_BACK, ids=str)
+@pytest.mark.parametrize("run", PROVEN_RUNS, ids=str)
 def test_law(run, record_property):
     prove(run, record_property)
 
@@ -71,7 +80,7 @@ def test_law(run, record_property):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "run",
-    [r for r in matrix.ALL_RUNS if r not in matrix.DEFAULT_RUNS + matrix.RUNS_LOOKING_BACK],
+    [r for r in matrix.ALL_RUNS + matrix.ALL_TREE_RUNS if r not in PROVEN_RUNS],
     ids=str,
 )
 def test_law_exhaustively(run, record_property):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxspec
-from jaxspec import Draft, Sampling, drafters, policies, pytree, sampling, verifiers
+from jaxspec import Draft, Sampling, drafters, policies, pytree, sampling, trees, verifiers
 from jaxspec.drawing import draw
 from jaxspec.testing import check_lossless, random_logits, table_model
 from jaxspec.types import Signals
@@ -98,6 +98,36 @@ DRAFTERS = {
         module.prompt_lookup(max_ngram=2, min_ngram=2), module.model(OTHER)
     ),
 }
+_COMB, _BINARY = trees.comb((2, 2, 1)), trees.kary((2, 2))
+_SEQUOIA = trees.sequoia([0.55, 0.2, 0.1], 7)
+TREE_DRAFTERS = {
+    "k-ary, without replacement": lambda module=drafters: module.model(OTHER, tree=_BINARY),
+    "comb, without replacement": lambda module=drafters: module.model(OTHER, tree=_COMB),
+    "Sequoia, without replacement": lambda module=drafters: module.model(OTHER, tree=_SEQUOIA),
+    "k-ary, independent": lambda module=drafters: module.model(
+        OTHER, tree=_BINARY, children="independent"
+    ),
+    "comb, independent": lambda module=drafters: module.model(
+        OTHER, tree=_COMB, children="independent"
+    ),
+    "Sequoia, independent, own sampling": lambda module=drafters: module.model(
+        OTHER, tree=_SEQUOIA, children="independent", sampling=_OWN
+    ),
+    "k-ary, top-k": lambda module=drafters: module.model(OTHER, tree=_BINARY, children="top_k"),
+    "comb, top-k": lambda module=drafters: module.model(OTHER, tree=_COMB, children="top_k"),
+    "Sequoia, top-k": lambda module=drafters: module.model(OTHER, tree=_SEQUOIA, children="top_k"),
+}
+TREE_VERIFIERS = {
+    "descent": verifiers.descent,
+    "recursive rejection": verifiers.recursive_rejection,
+    "recursive rejection, independent": functools.partial(
+        verifiers.recursive_rejection, with_replacement=True
+    ),
+    "k-seq": verifiers.k_seq,
+    "traversal": verifiers.traversal,
+    "traversal, independent": functools.partial(verifiers.traversal, with_replacement=True),
+}
+TREE_POLICIES = {"whole tree": lambda: policies.fixed(99)}
 VERIFIERS = {
     "default": lambda: None,
     "rejection": verifiers.rejection,
@@ -282,9 +312,9 @@ def check(
         kwargs["num_samples"] = 200  # a law of one text
     return check_lossless(
         TARGET,
-        DRAFTERS[run.drafter]() if drafter is None else drafter,
-        VERIFIERS[run.verifier]() if verifier is None else verifier,
-        POLICIES[run.policy]() if policy is None else policy,
+        (DRAFTERS | TREE_DRAFTERS)[run.drafter]() if drafter is None else drafter,
+        (VERIFIERS | TREE_VERIFIERS)[run.verifier]() if verifier is None else verifier,
+        (POLICIES | TREE_POLICIES)[run.policy]() if policy is None else policy,
         sampling,
         prompts=prompts_of(run.mix, options),
         max_new_tokens=NEW,
@@ -341,4 +371,39 @@ RUNS_LOOKING_BACK = [
     Run("greedy drafts", "greedy", "guarded", "rows that stop early", "looking back"),
     Run("equal", "rejection", "fixed", "other lengths", "processed"),
     Run("disagreeing", "match, own noise", "guarded", "rows that stop early", "processed"),
+]
+
+
+def _tree_runs() -> list[Run]:
+    """Every rule for trees with every topology and way to find children that it takes."""
+    names = {
+        "without replacement": ("recursive rejection", "traversal", "descent"),
+        "independent": ("recursive rejection, independent", "traversal, independent", "k-seq"),
+        "top-k": ("descent", "recursive rejection", "traversal"),
+    }
+    runs = []
+    for i, drafter in enumerate(TREE_DRAFTERS):
+        kind = next(name for name in names if name in drafter)
+        for j, verifier in enumerate((*names[kind], "greedy")):
+            policy = ("whole tree", "fixed", "heuristic")[len(runs) // 3 % 3]
+            mix = list(MIXES)[(i + 2 * j + i // 3) % len(MIXES)]
+            runs.append(Run(drafter, verifier, policy, mix))
+    return runs
+
+
+ALL_TREE_RUNS = _tree_runs()
+# Every rule with every way to find children, and every topology.
+TREE_RUNS = ALL_TREE_RUNS[::3]
+TREE_RUNS_LOOKING_BACK = [
+    Run("Sequoia, without replacement", "traversal", "whole tree", "other lengths", "looking back"),
+    Run("comb, independent", "k-seq", "whole tree", "rows that stop early", "looking back"),
+    Run("k-ary, top-k", "descent", "heuristic", "rows that stop early", "looking back"),
+    Run("comb, without replacement", "greedy", "whole tree", "other lengths", "looking back"),
+    Run(
+        "k-ary, without replacement",
+        "recursive rejection",
+        "whole tree",
+        "rows that stop early",
+        "processed",
+    ),
 ]

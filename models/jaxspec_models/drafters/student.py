@@ -254,4 +254,4 @@ def drafter(
         max_length=config.target.max_position_embeddings,
         eos_ids=config.target.eos_ids,
     )
-    return jaxspec.drafters.model(lm)
+    return ModelDrafter(lm, None)

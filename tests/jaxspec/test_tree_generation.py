@@ -1,0 +1,183 @@
+"""Trees through `generate`: greedy text, what is refused, and that chains pay nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.mutants import mutant
+from support.running import generate_with
+
+import jaxspec
+from jaxspec import Sampling, drafters, loop, trees, verifiers
+from jaxspec.testing import random_logits, table_model
+
+VOCAB = 6
+_LOGITS = random_logits(0, vocab_size=VOCAB, order=2)
+TARGET = table_model(_LOGITS, order=2)
+DRAFT = table_model(random_logits(1, vocab_size=VOCAB, order=2) * 0.5 + _LOGITS, order=2)
+PROMPTS = [[1, 2, 3], [4], [0, 5, 5, 2, 1], [3, 3]]
+GREEDY = Sampling(temperature=0)
+TREES = {
+    "k-ary": trees.kary((2, 2)),
+    "comb": trees.comb((3, 2, 2, 1)),
+    "Sequoia": trees.sequoia([0.6, 0.2, 0.1], 12),
+    "chain": trees.chain(4),
+    "one level": trees.kary((3,)),
+    "more children than tokens": trees.kary((VOCAB + 2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_greedy_text_is_that_of_plain_decoding(name):
+    options = {"max_new_tokens": 60, "sampling": GREEDY, "eos_ids": ()}
+    plain = jaxspec.generate(TARGET, PROMPTS, **options)
+    drafter = drafters.model(DRAFT, tree=TREES[name])
+    ours = jaxspec.generate(TARGET, PROMPTS, drafter=drafter, **options)
+    np.testing.assert_array_equal(ours.tokens, plain.tokens)
+    np.testing.assert_allclose(ours.log_probs, plain.log_probs, atol=1e-6)
+    np.testing.assert_allclose(ours.raw_log_probs, plain.raw_log_probs, atol=1e-6)
+    assert (ours.stats.mean_acceptance_length <= TREES[name].depth + 1).all()
+    assert (ours.stats.tokens_per_step > 1.5).all()
+
+
+def test_a_wider_tree_accepts_more_and_a_chain_is_a_chain():
+    options = {"max_new_tokens": 100, "sampling": GREEDY, "eos_ids": ()}
+
+    def steps(drafter):
+        out = jaxspec.generate(TARGET, PROMPTS, drafter=drafter, num_draft_tokens=4, **options)
+        return out.stats.num_spec_steps
+
+    chain = steps(drafters.model(DRAFT))
+    np.testing.assert_array_equal(chain, steps(drafters.model(DRAFT, tree=trees.chain(4))))
+    assert (steps(drafters.model(DRAFT, tree=TREES["Sequoia"])) <= chain).all()
+    assert steps(drafters.model(DRAFT, tree=trees.comb((3, 3, 3, 3)))).sum() < chain.sum()
+
+
+def test_rows_of_a_batch_do_not_know_of_each_other():
+    options = {"max_new_tokens": 30, "drafter": drafters.model(DRAFT, tree=TREES["Sequoia"])}
+    keys = jax.random.split(jax.random.key(3), 4)
+    together = jaxspec.generate(TARGET, PROMPTS, key=keys, **options)
+    for row, prompt in enumerate(PROMPTS):
+        alone = jaxspec.generate(
+            TARGET, [prompt], key=jax.random.clone(keys[row : row + 1]), **options
+        )
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+
+
+def test_a_text_is_taken_up_again_and_streamed():
+    drafter = drafters.model(DRAFT, tree=TREES["comb"])
+    options = {"drafter": drafter, "sampling": GREEDY, "eos_ids": ()}
+    whole = jaxspec.generate(TARGET, PROMPTS, max_new_tokens=40, **options)
+    first = jaxspec.generate(TARGET, PROMPTS, max_new_tokens=13, return_state=True, **options)
+    rest = jaxspec.generate(TARGET, None, state=first.state, max_new_tokens=27, **options)
+    joined = np.concatenate([first.tokens, rest.tokens], axis=1)
+    np.testing.assert_array_equal(joined, whole.tokens)
+    streamed = [[] for _ in PROMPTS]
+    for row, ids in jaxspec.stream(TARGET, PROMPTS, max_new_tokens=40, **options):
+        streamed[row] += np.asarray(ids).tolist()
+    np.testing.assert_array_equal(np.array(streamed), whole.tokens)
+
+
+def test_the_bonus_of_a_tree_whose_draft_is_the_target():
+    """Independent children of q = p: the first child always stands, to the deepest level."""
+    drafter = drafters.model(TARGET, tree=trees.kary((2, 1, 1)), children="independent")
+    out = jaxspec.generate(
+        TARGET, PROMPTS, drafter=drafter, max_new_tokens=40, key=jax.random.key(0), eos_ids=()
+    )
+    np.testing.assert_array_equal(out.stats.num_spec_steps, 10)
+
+
+def _needs(name):
+    class Apply:
+        """The table's, without one of the arguments that trees need."""
+
+        def __init__(self):
+            self.apply = TARGET.apply
+
+        def __eq__(self, other):
+            return type(other) is type(self)
+
+        def __hash__(self):
+            return 0
+
+        def __call__(self, params, tokens, cache, *, start):
+            return self.apply(params, tokens, cache, start=start)
+
+    if name == "compact":
+        return TARGET.replace(compact=None)
+    return TARGET.replace(apply=Apply())
+
+
+@pytest.mark.parametrize("name", ["compact", "mask"])
+def test_a_model_that_cannot_be_fed_trees_is_refused(name):
+    broken = _needs(name)
+    drafter = drafters.model(DRAFT, tree=TREES["k-ary"])
+    with pytest.raises(ValueError, match=rf"this drafter drafts trees.*{name}"):
+        jaxspec.generate(broken, [[1]], drafter=drafter, sampling=GREEDY)
+    with pytest.raises(ValueError, match=rf"drafters\.model with a tree.*{name}"):
+        drafters.model(broken, tree=TREES["k-ary"])
+    jaxspec.generate(broken, [[1]], drafter=drafters.model(broken), sampling=GREEDY)  # chains
+
+
+@pytest.mark.parametrize(
+    ("children", "rule"),
+    [
+        ("without_replacement", verifiers.k_seq()),
+        ("without_replacement", verifiers.traversal(with_replacement=True)),
+        ("independent", verifiers.recursive_rejection()),
+        ("independent", verifiers.traversal()),
+        ("top_k", verifiers.k_seq()),
+        ("top_k", verifiers.block()),
+        ("without_replacement", verifiers.rejection()),
+        ("without_replacement", verifiers.match()),
+    ],
+)
+def test_a_rule_that_would_change_the_law_of_a_tree_is_refused(children, rule):
+    drafter = drafters.model(DRAFT, tree=TREES["k-ary"], children=children)
+    with pytest.raises(ValueError, match="leave verifier=None"):
+        jaxspec.generate(TARGET, [[1]], drafter=drafter, verifier=rule, key=jax.random.key(0))
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"jaxspec\.trees\.kary"):
+        drafters.model(DRAFT, tree=(-1, 0))
+    with pytest.raises(ValueError, match="children must be one of"):
+        drafters.model(DRAFT, tree=TREES["k-ary"], children="greedy")
+
+
+def test_the_default_rule_follows_the_children():
+    for children in ("without_replacement", "independent", "top_k"):
+        drafter = drafters.model(DRAFT, tree=TREES["k-ary"], children=children)
+        out = jaxspec.generate(TARGET, [[1]], drafter=drafter, key=jax.random.key(0))
+        assert out.guarantee == "distribution"
+
+
+_BUGS = {
+    "a mask that shows a sibling": ("mask = jax.vmap(trees.ancestors)(draft.parents)",
+                                    "mask = jnp.ones((fed.shape[0], width, width), bool)"),
+    "positions by slot": ("start[:, None] + depths)",
+                          "start[:, None] + jnp.arange(width, dtype=jnp.int32)[None])"),
+    "compaction off by one": ("compact(cache, start + 1, verdict.path)",
+                              "compact(cache, start, verdict.path)"),
+    "no compaction": ("cache = engine.target.compact(cache, start + 1, verdict.path)", "pass"),
+}  # fmt: skip
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("name", _BUGS)
+def test_planted_bug_in_the_forward_over_a_tree_is_caught(name):
+    broken = mutant("jaxspec.loop", _BUGS[name])
+    assert _differs(broken)
+
+
+def test_the_comparison_that_catches_bugs_finds_none():
+    assert not _differs(loop)
+
+
+def _differs(module):
+    """Whether greedy text through a loop differs from plain decoding's."""
+    options = {"max_new_tokens": 60, "sampling": GREEDY, "eos_ids": ()}
+    plain = jaxspec.generate(TARGET, PROMPTS, **options)
+    drafter = drafters.model(DRAFT, tree=TREES["Sequoia"])
+    ours = generate_with(module, TARGET, PROMPTS, drafter=drafter, **options)
+    return bool(jnp.any(ours.tokens != plain.tokens))
