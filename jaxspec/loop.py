@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec import sampling, stats, status, trees
+from jaxspec import drawing, sampling, stats, status, trees
 from jaxspec.sampling import processing
 from jaxspec.states import Engine, LogProbs, Outputs, Request, State, with_strong_types
 from jaxspec.types import (
@@ -98,6 +98,7 @@ class _Judged(NamedTuple):
     zeros: stats.ZeroProbabilities
     target_log_probs: Array  # f32[B, K + 1, V]
     hidden: tuple[Array, ...]  # [B, K + 1, D] each
+    top_tokens: Array  # i32[B, K + 1, n]
 
 
 def one_round(engine: Engine, request: Request, state: State) -> State:
@@ -118,6 +119,7 @@ def one_round(engine: Engine, request: Request, state: State) -> State:
         is_active=is_active,
         target_log_probs=judged.target_log_probs,
         hidden=judged.hidden,
+        top_tokens=judged.top_tokens,
     )
     if engine.drafter is not None:
         drafter_state = engine.drafter.commit(drafter_state, outcome)
@@ -264,7 +266,20 @@ def _judge_at_width(
         zeros=jax.tree.map(widen, zeros),
         target_log_probs=widen(scores.log_probs),
         hidden=jax.tree.map(widen, output.hidden),
+        top_tokens=widen(_top_tokens(scores.report, engine.num_top_tokens), NO_TOKEN),
     )
+
+
+def _top_tokens(report: Array, count: int) -> Array:
+    """The likeliest tokens of laws f32[B, T, V], i32[B, T, count]."""
+    batch, width, size = report.shape
+    if count == 0:
+        return jnp.zeros((batch, width, 0), jnp.int32)
+    top = functools.partial(drawing.top_k, count=min(count, size))
+    values, tokens = jax.vmap(jax.vmap(top))(report)
+    tokens = jnp.where(values > -jnp.inf, tokens, NO_TOKEN)
+    missing = [(0, 0), (0, 0), (0, count - tokens.shape[2])]
+    return jnp.pad(tokens, missing, constant_values=NO_TOKEN)
 
 
 def _path_nodes(path: Array, width: int) -> Array:

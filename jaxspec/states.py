@@ -86,6 +86,11 @@ class Engine:
         """The target layers that the drafter reads."""
         return () if self.drafter is None else self.drafter.hidden_layers
 
+    @property
+    def num_top_tokens(self) -> int:
+        """How many of the target's likeliest tokens the drafter wants to know."""
+        return getattr(self.drafter, "num_top_tokens", 0)
+
     def replace(self, **changes: Any) -> Engine:
         """Returns a copy with the given fields changed."""
         strategies = [changes.get(n, getattr(self, n)) for n in ("drafter", "verifier", "policy")]

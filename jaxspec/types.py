@@ -322,6 +322,9 @@ class Outcome(NamedTuple):
       target_log_probs: f32[B, K + 1, V], the target after the sampling options, at the pending
         token and at each draft: in a tree too, node by node (`verdict.path` tells the way).
       hidden: the target's hidden states [B, K + 1, D] of each layer the drafter asked for.
+      top_tokens: i32[B, K + 1, n], the target's likeliest tokens there, the first ones first,
+        under the law that `Generation.log_probs` reports; `NO_TOKEN` where it allows no more; n
+        is the drafter's `num_top_tokens`.
     """
 
     draft: Draft
@@ -332,6 +335,7 @@ class Outcome(NamedTuple):
     is_active: Array
     target_log_probs: Array
     hidden: tuple[Array, ...]
+    top_tokens: Array | None = None
 
 
 @runtime_checkable
@@ -386,8 +390,11 @@ class Drafter(Protocol):
     - `num_nodes`: K. Its drafts have `parents`, and K slots whatever `num_draft_tokens` says.
     - `children`: how a node's children are found, as in `Verifier`'s `takes_children`.
 
-    It drafts as many nodes as `num_draft` says, the first ones of K, and need not ask
-    `keep_drafting`.
+    A drafter that has a static `num_top_tokens` is told so many of the target's likeliest tokens
+    (`Outcome.top_tokens`).
+
+    A drafter of trees drafts as many nodes as `num_draft` says, the first ones of K, and need not
+    ask `keep_drafting`.
     """
 
     @property

@@ -31,7 +31,7 @@ def choose_children(
       i32[count], and bool[count] whether each exists: q may have fewer tokens to offer.
     """
     if children == "top_k":
-        best, tokens = lax.top_k(log_probs, min(count, log_probs.shape[0]))
+        best, tokens = drawing.top_k(log_probs, min(count, log_probs.shape[0]))
         missing = count - tokens.shape[0]
         return jnp.pad(tokens, (0, missing)), jnp.pad(best > -jnp.inf, (0, missing))
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)

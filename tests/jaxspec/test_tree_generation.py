@@ -1,5 +1,7 @@
 """Trees through `generate`: greedy text, what is refused, and that chains pay nothing."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ from support.running import generate_with
 import jaxspec
 from jaxspec import Sampling, drafters, loop, trees, verifiers
 from jaxspec.testing import random_logits, table_model
+
+drafters_lookup = importlib.import_module("jaxspec.drafters.prompt_lookup")
+recycling = importlib.import_module("jaxspec.drafters.token_recycling")
 
 VOCAB = 6
 _LOGITS = random_logits(0, vocab_size=VOCAB, order=2)
@@ -38,6 +43,65 @@ def test_greedy_text_is_that_of_plain_decoding(name):
     np.testing.assert_allclose(ours.raw_log_probs, plain.raw_log_probs, atol=1e-6)
     assert (ours.stats.mean_acceptance_length <= TREES[name].depth + 1).all()
     assert (ours.stats.tokens_per_step > 1.5).all()
+
+
+@pytest.mark.parametrize("name", ["k-ary", "comb", "Sequoia", "chain"])
+@pytest.mark.parametrize("kind", ["prompt_lookup", "token_recycling"])
+def test_greedy_text_with_drafters_that_need_no_model(kind, name):
+    options = {"max_new_tokens": 60, "sampling": GREEDY, "eos_ids": ()}
+    plain = jaxspec.generate(TARGET, PROMPTS, **options)
+    drafter = {
+        "prompt_lookup": drafters.prompt_lookup(tree=TREES[name]),
+        "token_recycling": drafters.token_recycling(VOCAB, tree=TREES[name], num_successors=6),
+    }[kind]
+    ours = jaxspec.generate(TARGET, PROMPTS, drafter=drafter, **options)
+    np.testing.assert_array_equal(ours.tokens, plain.tokens)
+    assert (ours.stats.tokens_per_step > 1.2).all()
+
+
+def test_several_matches_are_drafted_side_by_side():
+    text = jnp.array([1, 2, 3, 9, 1, 2, 4, 8, 1, 2, 3, 7, 1, 2, 0, 0])
+    tree = trees.from_paths([(0, 1), (1, 1), (2,)])
+    tokens, found = drafters_lookup.lookup_tree(text, jnp.int32(14), tree, max_ngram=2, min_ngram=1)
+    # Behind 1 2: first 3 7, as last time, or 3 9; else 4 8, and there is no third way.
+    assert np.where(found, tokens, -1).tolist() == [3, 4, -1, 7, 9, 8, -1]
+
+
+def test_a_chain_of_matches_is_the_lookup_of_chains():
+    for seed in range(20):
+        text = jax.random.randint(jax.random.key(seed), (24,), 0, 4)
+        length = jnp.int32(6 + seed % 18)
+        sizes = {"max_ngram": 3, "min_ngram": 1}
+        chain, has_match = drafters_lookup.lookup(text, length, num_tokens=5, **sizes)
+        tokens, found = drafters_lookup.lookup_tree(text, length, trees.chain(5), **sizes)
+        assert found.tolist() == [bool(has_match)] * 5
+        if has_match:
+            assert tokens.tolist() == chain.tolist()
+
+
+def test_recycling_remembers_what_the_target_found_likely():
+    drafter = drafters.token_recycling(VOCAB, tree=trees.kary((2, 2)), num_successors=3)
+    options = {"sampling": GREEDY, "eos_ids": (), "max_new_tokens": 40}
+    order_one = table_model(random_logits(5, vocab_size=VOCAB, order=1), order=1)
+    first = jaxspec.generate(order_one, [[1]], drafter=drafter, return_state=True, **options)
+    table = np.asarray(first.state.state.drafter.table[0])
+    logits = np.asarray(order_one.params)
+    fed = [t for t in range(VOCAB) if (table[t] >= 0).all()]
+    assert len(fed) >= 2
+    for token in fed:
+        assert table[token].tolist() == np.argsort(-logits[token], kind="stable")[:3].tolist()
+    again = drafters.token_recycling(VOCAB, tree=trees.kary((2, 2)), table=jnp.asarray(table))
+    second = jaxspec.generate(order_one, [[1]], drafter=again, **options)
+    np.testing.assert_array_equal(second.tokens, first.tokens)
+    assert second.stats.num_spec_steps[0] < first.stats.num_spec_steps[0]
+
+
+def test_a_token_fed_twice_in_a_round_keeps_what_came_last():
+    table = jnp.full((1, 4, 1), -1)
+    tokens, new = jnp.array([[2, 1, 2, 3]]), jnp.array([[[0], [1], [2], [3]]])
+    where = jnp.array([[True, True, True, False]])
+    kept = recycling._set_last(table, tokens, new, where)
+    assert kept[0, :, 0].tolist() == [-1, 1, 2, -1]
 
 
 def test_a_wider_tree_accepts_more_and_a_chain_is_a_chain():
@@ -141,6 +205,16 @@ def test_a_rule_that_would_change_the_law_of_a_tree_is_refused(children, rule):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"jaxspec\.trees\.kary"):
         drafters.model(DRAFT, tree=(-1, 0))
+    with pytest.raises(ValueError, match=r"a jaxspec\.trees\.Topology"):
+        drafters.prompt_lookup(tree=4)
+    with pytest.raises(ValueError, match=r"a jaxspec\.trees\.Topology"):
+        drafters.token_recycling(VOCAB, tree=4)
+    with pytest.raises(ValueError, match="raise num_successors"):
+        drafters.token_recycling(VOCAB, tree=trees.kary((3,)), num_successors=2)
+    with pytest.raises(ValueError, match=r"table must be i32\[6, n\]"):
+        drafters.token_recycling(VOCAB, table=jnp.zeros((5, 8), jnp.int32))
+    with pytest.raises(ValueError, match="at least 1"):
+        drafters.token_recycling(0)
     with pytest.raises(ValueError, match="children must be one of"):
         drafters.model(DRAFT, tree=TREES["k-ary"], children="greedy")
 

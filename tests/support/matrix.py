@@ -116,6 +116,10 @@ TREE_DRAFTERS = {
     "k-ary, top-k": lambda module=drafters: module.model(OTHER, tree=_BINARY, children="top_k"),
     "comb, top-k": lambda module=drafters: module.model(OTHER, tree=_COMB, children="top_k"),
     "Sequoia, top-k": lambda module=drafters: module.model(OTHER, tree=_SEQUOIA, children="top_k"),
+    "prompt lookup, k-ary, top-k": lambda module=drafters: module.prompt_lookup(2, tree=_BINARY),
+    "token recycling, comb, top-k": lambda module=drafters: module.token_recycling(
+        VOCAB, tree=_COMB, num_successors=2
+    ),
 }
 TREE_VERIFIERS = {
     "descent": verifiers.descent,
