@@ -223,7 +223,8 @@ class ModelDrafter:
                 fed, cache, start=num_cached, num_new=num_new, logits_at=last
             )
             logits = jnp.where((num_new > 0)[:, None, None], output.logits, logits)
-            return cache, num_cached + num_new, logits
+            num_cached = num_cached + num_new
+            return cache, num_cached, logits
 
         cache, num_cached = self.catch_up(state, context, is_open)
         logits = jnp.zeros((is_open.shape[0], 1, self.lm.vocab_size), jnp.float32)
