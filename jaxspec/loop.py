@@ -259,6 +259,7 @@ def _judge_at_width(
         verdict=verdict._replace(
             tokens=widen(tokens, NO_TOKEN),
             num_accepted=verdict.num_accepted.astype(jnp.int32),
+            path=None if draft.parents is None else verdict.path,
             is_fallback=is_fallback,
         ),
         num_finite=num_finite,

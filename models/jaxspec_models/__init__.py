@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxspec_models.drafters.directory import load_drafter
+    from jaxspec_models.drafters.tree import in_trees
     from jaxspec_models.huggingface import from_hf
     from jaxspec_models.loading import load, load_model, load_tokenizer
     from jaxspec_models.text import generate_text, stop_strings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "from_hf",
     "generate_text",
+    "in_trees",
     "load",
     "load_drafter",
     "load_model",
@@ -30,6 +32,7 @@ __all__ = [
 _MODULES = {
     "from_hf": "jaxspec_models.huggingface",
     "generate_text": "jaxspec_models.text",
+    "in_trees": "jaxspec_models.drafters.tree",
     "load": "jaxspec_models.loading",
     "load_drafter": "jaxspec_models.drafters.directory",
     "load_model": "jaxspec_models.loading",

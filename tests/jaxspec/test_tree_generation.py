@@ -202,6 +202,20 @@ def test_a_rule_that_would_change_the_law_of_a_tree_is_refused(children, rule):
         jaxspec.generate(TARGET, [[1]], drafter=drafter, verifier=rule, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [verifiers.descent(), verifiers.recursive_rejection(), verifiers.traversal()],
+    ids=["descent", "recursive_rejection", "traversal"],
+)
+def test_rules_for_trees_judge_chains_too(rule):
+    options = {"key": jax.random.key(1), "max_new_tokens": 20, "num_draft_tokens": 3}
+    drafter = drafters.model(TARGET)
+    out = jaxspec.generate(TARGET, PROMPTS, drafter=drafter, verifier=rule, **options)
+    if not isinstance(rule, type(verifiers.descent())):
+        assert (out.stats.draft_acceptance_rate == 1).all()  # q = p
+    assert (out.lengths == 20).all()
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"jaxspec\.trees\.kary"):
         drafters.model(DRAFT, tree=(-1, 0))

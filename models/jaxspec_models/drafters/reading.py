@@ -19,7 +19,7 @@ from flax import nnx
 
 import jaxspec
 from jaxspec import pytree
-from jaxspec.types import Context, Draft, Outcome, Signals
+from jaxspec.types import Branches, Context, Draft, Outcome, Signals
 from jaxspec_models import layers, llama
 from jaxspec_models.drafters import drafting, learning, parts
 
@@ -305,7 +305,11 @@ def take_in(
 
 
 def forward(
-    model: Reader, cache: layers.KVCache, x: Array, start: Array
+    model: Reader,
+    cache: layers.KVCache,
+    x: Array,
+    start: Array,
+    branches: Branches | None = None,
 ) -> tuple[Array, layers.KVCache]:
     """Cells behind the text, each seeing the text and the cells before it.
 
@@ -314,6 +318,7 @@ def forward(
       cache: filled below `start`.
       x: f32[B, C, D], their guesses.
       start: i32[B], the slot of the first one.
+      branches: where they are nodes of a tree.
 
     Returns:
       f32[B, C, D] before the last norm; the cells' keys are overwritten by `take_in`.
@@ -322,9 +327,14 @@ def forward(
     batch, count = x.shape[:2]
     num_rows = layers.padded_width(batch, count)
     x = layers.pad_axis(x, 1, num_rows)
-    angles = llama.rotary_tables(shape, start[:, None] + jnp.arange(num_rows)[None])
+    prefix, mask, at = start, None, start[:, None] + jnp.arange(num_rows)[None]
+    if branches is not None:
+        prefix, at = branches.prefix, layers.pad_axis(branches.positions, 1, num_rows)
+        mask = jnp.broadcast_to(branches.mask[None], (batch, *branches.mask.shape))
+        mask = layers.pad_axis(mask, 1, num_rows)
+    angles = llama.rotary_tables(shape, at)
     visibility = layers.Visibility(
-        prefix=start, mask=None, start=start, live=start + count, width=count
+        prefix=prefix, mask=mask, start=start, live=start + count, width=count
     )
     keys, values = list(cache.keys), list(cache.values)
     for i, layer in enumerate(model.layers):
