@@ -76,7 +76,7 @@ def test_public_classes_describe_every_field(cls):
 
 
 @pytest.mark.exactness
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/exactness.md"])
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/exactness.md", "docs/trees.md"])
 def test_the_documents_code_runs(name):
     """Block after block, and the tests that the blocks define."""
     text = (pathlib.Path(__file__).parents[2] / name).read_text(encoding="utf-8")
