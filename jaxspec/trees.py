@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.profile import Profile
 from jaxspec.types import NO_NODE
 
 Array: TypeAlias = jax.Array
@@ -183,7 +184,11 @@ def comb(widths: Sequence[int]) -> Topology:
     return from_paths([(0,) * depth + (count - 1,) for depth, count in enumerate(widths)])
 
 
-def sequoia(acceptance: Sequence[float], num_nodes: int, max_depth: int | None = None) -> Topology:
+def sequoia(
+    acceptance: Sequence[float] | Sequence[Sequence[float]],
+    num_nodes: int,
+    max_depth: int | None = None,
+) -> Topology:
     """The tree of a given size that is expected to have most accepted.
 
     With p_b, the probability that the b-th child of a node is accepted (its elder siblings having
@@ -192,7 +197,8 @@ def sequoia(acceptance: Sequence[float], num_nodes: int, max_depth: int | None =
     elder siblings are worth no less.
 
     Args:
-      acceptance: p_1, p_2, …, falling, in [0, 1]; measured, for instance by `jaxspec tune --tree`.
+      acceptance: p_1, p_2, …, falling, in [0, 1]; or such a list for each depth, whose last one
+        counts for what is deeper.
       num_nodes: K ≥ 1.
       max_depth: the deepest node; None: as deep as pays.
 
@@ -211,19 +217,14 @@ def sequoia(acceptance: Sequence[float], num_nodes: int, max_depth: int | None =
       >>> round(expected_accepted(sequoia([0.6, 0.2], 4), [0.6, 0.2]), 3)
       1.376
     """
-    shares = [float(p) for p in acceptance]
-    if not shares or not all(0 <= p <= 1 for p in shares) or shares != sorted(shares)[::-1]:
-        raise ValueError(
-            "acceptance must be the probabilities of the first, second, … child, falling; got "
-            f"{shares}."
-        )
+    shares = _shares(acceptance)
     if num_nodes < 1 or (max_depth is not None and max_depth < 1):
         raise ValueError(
             f"num_nodes and max_depth must be at least 1, got {num_nodes} and {max_depth}."
         )
     # Each step takes the best node that a tree may grow by: the next sibling of a node that it
     # has, or the first child of one. Of equal ones the shallower.
-    frontier: list[tuple[float, int, tuple[int, ...]]] = [(-shares[0], 1, (0,))]
+    frontier: list[tuple[float, int, tuple[int, ...]]] = [(-shares[0][0], 1, (0,))]
     chosen: list[tuple[int, ...]] = []
     while frontier and len(chosen) < num_nodes:
         best = min(frontier)
@@ -232,31 +233,115 @@ def sequoia(acceptance: Sequence[float], num_nodes: int, max_depth: int | None =
         if worth == 0 and chosen:
             break
         chosen.append(path)
-        rank = path[-1]
-        if rank + 1 < len(shares):
-            parent = worth / shares[rank] if shares[rank] else 0.0
-            frontier.append((-parent * shares[rank + 1], depth, (*path[:-1], rank + 1)))
+        rank, here, deeper = path[-1], _at(shares, depth), _at(shares, depth + 1)
+        if rank + 1 < len(here):
+            parent = worth / here[rank] if here[rank] else 0.0
+            frontier.append((-parent * here[rank + 1], depth, (*path[:-1], rank + 1)))
         if max_depth is None or depth < max_depth:
-            frontier.append((-worth * shares[0], depth + 1, (*path, 0)))
+            frontier.append((-worth * deeper[0], depth + 1, (*path, 0)))
     return from_paths(chosen)
 
 
-def expected_accepted(tree: Topology, acceptance: Sequence[float]) -> float:
+def expected_accepted(
+    tree: Topology, acceptance: Sequence[float] | Sequence[Sequence[float]]
+) -> float:
     """How many drafts of a tree are accepted, where the b-th child of a node is with p_b.
 
     Args:
       tree: the shape.
-      acceptance: p_1, p_2, …; children beyond them have no chance.
+      acceptance: as for `sequoia`; children beyond what it names have no chance.
 
     Example:
       >>> expected_accepted(kary((2,)), [0.5, 0.25])
       0.75
     """
+    shares = _shares(acceptance)
     worth: list[float] = []
-    for parent, rank in zip(tree.parents, tree.ranks, strict=True):
-        share = float(acceptance[rank]) if rank < len(acceptance) else 0.0
+    for parent, rank, depth in zip(tree.parents, tree.ranks, tree.depths, strict=True):
+        here = _at(shares, depth)
+        share = here[rank] if rank < len(here) else 0.0
         worth.append(share * (1.0 if parent < 0 else worth[parent]))
     return sum(worth)
+
+
+def _shares(acceptance: Any) -> list[list[float]]:
+    """Checked, one list for each depth."""
+    rows = acceptance if np.ndim(acceptance[0] if len(acceptance) else 0.0) else [acceptance]
+    shares = [[float(p) for p in row] for row in rows]
+    if not all(row and row == sorted(row)[::-1] and 0 <= row[-1] <= row[0] <= 1 for row in shares):
+        raise ValueError(
+            "acceptance must be the probabilities of the first, second, … child, falling; got "
+            f"{acceptance}."
+        )
+    return shares
+
+
+def _at(shares: list[list[float]], depth: int) -> list[float]:
+    return shares[min(depth, len(shares)) - 1]
+
+
+class Plan(NamedTuple):
+    """What `plan` chooses.
+
+    Attributes:
+      tree: the shape; None: drafting does not pay.
+      expected_accepted: E[accepted drafts] of a round.
+      speedup: predicted tokens per second over plain decoding.
+    """
+
+    tree: Topology | None
+    expected_accepted: float
+    speedup: float
+
+
+def plan(
+    acceptance: Sequence[float] | Sequence[Sequence[float]],
+    cost: Profile,
+    *,
+    max_depth: int | None = None,
+) -> Plan:
+    """The tree, a chain or none included, that promises most tokens per second.
+
+    Of every size and depth `sequoia` makes the best tree; a round over it emits 1 + E[accepted]
+    tokens and takes v(K) for the forward, c for each level drafted, and the overhead.
+
+    Args:
+      acceptance: as for `sequoia`; measured.
+      cost: measured; `verify` up to as many nodes as may be drafted, `draft` for one level.
+      max_depth: the deepest that the drafter drafts; None: no limit.
+
+    Returns:
+      A `Plan`.
+
+    Raises:
+      ValueError: as `sequoia`.
+
+    References:
+      Chen et al., Sequoia, arXiv 2402.12374, section 4.3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxspec import Profile
+      >>> cost = Profile(jnp.array([1.0, 1.0, 1.1, 1.2, 1.6]), jnp.float32(0.1), jnp.float32(0.0))
+      >>> best = plan([0.6, 0.2], cost)
+      >>> best.tree.parents, round(best.speedup, 2)
+      ((-1, -1, 0), 1.54)
+      >>> plan([0.05], cost).tree is None
+      True
+    """
+    verify = [float(x) for x in cost.verify]
+    level, overhead = float(cost.draft), float(cost.overhead)
+    plain = verify[0] + overhead
+    best = Plan(None, 0.0, 1.0)
+    for size in range(1, len(verify)):
+        for depth in range(1, min(size, max_depth or size) + 1):
+            tree = sequoia(acceptance, size, depth)
+            accepted = expected_accepted(tree, acceptance)
+            seconds = verify[tree.num_nodes] + tree.depth * level + overhead
+            speedup = (1 + accepted) * plain / seconds
+            if speedup > best.speedup:
+                best = Plan(tree, accepted, speedup)
+    return best
 
 
 # ---------------------------------------------------------------------------------------------

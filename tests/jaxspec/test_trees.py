@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import trees
+from jaxspec import Profile, trees
 from jaxspec.types import NO_NODE
 
 _TREES = {
@@ -90,6 +90,37 @@ def test_sequoia_is_the_best_of_all_trees_of_its_size(size, acceptance):
     ours = trees.sequoia(acceptance, size)
     assert ours.num_nodes <= size
     assert trees.expected_accepted(ours, acceptance) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("size", [2, 5, 6])
+def test_sequoia_follows_acceptance_that_changes_with_depth(size):
+    acceptance = [[0.5, 0.3, 0.1], [0.8, 0.1], [0.3, 0.25, 0.2]]
+    best = max(trees.expected_accepted(t, acceptance) for t in all_trees(size, [0, 0, 0]))
+    ours = trees.sequoia(acceptance, size)
+    assert trees.expected_accepted(ours, acceptance) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("acceptance", [[0.6, 0.2, 0.1], [0.3, 0.25], [0.9], [0.1]])
+@pytest.mark.parametrize(
+    ("verify", "level"),
+    [([1, 1, 1.1, 1.2, 1.6, 1.7], 0.1), ([1, 1, 1, 1, 1, 1], 0.4), ([1, 1.5, 2, 2.5, 3, 3.5], 0)],
+)
+def test_the_plan_is_the_best_of_all_trees(verify, level, acceptance):
+    cost = Profile(jnp.array(verify, float), jnp.float32(level), jnp.float32(0.2))
+    ours = trees.plan(acceptance, cost)
+    speeds = [1.0]
+    for size in range(1, len(verify)):
+        for tree in all_trees(size, acceptance):
+            seconds = verify[size] + tree.depth * level + 0.2
+            speeds.append((1 + trees.expected_accepted(tree, acceptance)) * 1.2 / seconds)
+    assert ours.speedup == pytest.approx(max(speeds))
+    assert (ours.tree is None) == (ours.speedup == 1.0)
+
+
+def test_a_plan_keeps_to_a_depth():
+    cost = Profile(jnp.ones(7), jnp.float32(0), jnp.float32(0))
+    assert trees.plan([0.9, 0.05], cost).tree == trees.chain(6)
+    assert trees.plan([0.9, 0.05], cost, max_depth=3).tree.depth == 3
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
