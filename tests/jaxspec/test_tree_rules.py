@@ -71,8 +71,14 @@ def test_a_pair_of_children_is_judged_exactly(name):
 
 @pytest.mark.exactness
 @pytest.mark.parametrize("name", _RULES)
-@pytest.mark.parametrize("tree", list(_TREES)[1:])
-def test_a_tree_is_judged_exactly(tree, name):
+def test_a_branch_and_a_leaf_are_judged_exactly(name):
+    check_verifier(_RULES[name], parents=_TREES["comb"]).assert_passed()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", _RULES)
+@pytest.mark.parametrize("tree", [t for t in _TREES if t not in ("comb", "two children")])
+def test_any_tree_is_judged_exactly(tree, name):
     check_verifier(_RULES[name], parents=_TREES[tree]).assert_passed()
 
 
@@ -243,7 +249,7 @@ _MUTANTS = {
 def test_planted_bug_in_a_rule_for_trees_is_caught(name, rule):
     _, within, patch = _MUTANTS[name]
     broken = mutant(f"jaxspec.verifiers.{rule}", patch, within=within)
-    report = check_verifier(getattr(broken, rule)(), parents=_TREES["chains side by side"])
+    report = check_verifier(getattr(broken, rule)(), parents=_TREES["comb"])
     assert not report.passed, report
     assert report.total_variation > _CAUGHT
 

@@ -396,8 +396,8 @@ def _tree_runs() -> list[Run]:
 
 
 ALL_TREE_RUNS = _tree_runs()
-# Every rule with every way to find children, and every topology.
-TREE_RUNS = ALL_TREE_RUNS[::3]
+# Each drafter with one of its rules, each rule with each way to find children that it is for.
+TREE_RUNS = [ALL_TREE_RUNS[4 * i + i % 3] for i in range(len(TREE_DRAFTERS))]
 TREE_RUNS_LOOKING_BACK = [
     Run("Sequoia, without replacement", "traversal", "whole tree", "other lengths", "looking back"),
     Run("comb, independent", "k-seq", "whole tree", "rows that stop early", "looking back"),
