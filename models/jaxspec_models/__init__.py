@@ -1,8 +1,8 @@
 """Language models for `jaxspec`: checkpoints in, pure JAX functions out.
 
 >>> import jaxspec_models
->>> sorted(jaxspec_models.__all__)
-['from_hf', 'generate_text', 'load', 'load_drafter', 'load_model', 'load_tokenizer', 'stop_strings']
+>>> print(*sorted(jaxspec_models.__all__))
+from_hf generate_text in_trees load load_drafter load_model load_tokenizer stop_strings
 """
 
 from __future__ import annotations
