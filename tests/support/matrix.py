@@ -400,7 +400,6 @@ ALL_TREE_RUNS = _tree_runs()
 TREE_RUNS = [ALL_TREE_RUNS[4 * i + i % 3] for i in range(len(TREE_DRAFTERS))]
 TREE_RUNS_LOOKING_BACK = [
     Run("Sequoia, without replacement", "traversal", "whole tree", "other lengths", "looking back"),
-    Run("comb, independent", "k-seq", "whole tree", "rows that stop early", "looking back"),
     Run("k-ary, top-k", "descent", "heuristic", "rows that stop early", "looking back"),
     Run("comb, without replacement", "greedy", "whole tree", "other lengths", "looking back"),
     Run(
