@@ -2,7 +2,8 @@
 
 A topology is fixed when traced, and numbers its nodes level by level: the nodes of a level stand
 together, and the children of a node follow each other, the likeliest first. The pending token is
-no node of it; a node's parent is a node before it, or -1 for the pending token.
+no node of it; a node's parent is a node before it, or -1 for the pending token. A beam fixes the
+number of nodes alone: a drafter finds the shape as it drafts, in each round another.
 """
 
 from __future__ import annotations
@@ -91,6 +92,70 @@ class Topology:
             (self.depths.index(d), self.num_nodes - self.depths[::-1].index(d))
             for d in range(1, self.depth + 1)
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """A tree that grows where the drafter sees a chance, in each round another; hashable.
+
+    On each level, the nodes that the drafter finds likeliest, by the product of q on the way to
+    them, are given children, the others none. Without `best` the tree is made of all nodes that
+    were drafted. With it, only the likeliest of them are verified: as that would drop tokens for
+    what they are, such trees take the likeliest children alone (`children="top_k"`), not drawn.
+
+    Attributes:
+      width: the most nodes of a level that have children.
+      depth: of the deepest node.
+      branching: children of a node; None: `width`.
+      best: how many nodes are verified; None: all that are drafted.
+
+    Raises:
+      ValueError: a size is below 1, or `best` is more than what is drafted.
+
+    References:
+      Li et al., EAGLE-2, arXiv 2406.16858 (width 10, depth 6, best 60).
+
+    Example:
+      >>> Beam(width=2, depth=3).num_nodes, Beam(width=2, depth=3, best=6).num_nodes
+      (10, 6)
+    """
+
+    width: int
+    depth: int
+    branching: int | None = None
+    best: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = [self.width, self.depth, self.num_children]
+        if not all(isinstance(size, (int, np.integer)) and size >= 1 for size in sizes):
+            raise ValueError(f"the sizes of a beam must be whole numbers of at least 1: {self!r}.")
+        if self.best is not None and not 1 <= self.best <= self.num_drafted:
+            raise ValueError(
+                f"best must be 1 … {self.num_drafted}, the nodes that are drafted: {self!r}."
+            )
+
+    @property
+    def num_children(self) -> int:
+        """Of each node that has some."""
+        return self.width if self.branching is None else self.branching
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many nodes have children on each level, from that of the pending token on."""
+        widths = [1]
+        while len(widths) < self.depth:
+            widths.append(min(self.width, widths[-1] * self.num_children))
+        return tuple(widths)
+
+    @property
+    def num_drafted(self) -> int:
+        """Nodes, before the best are chosen."""
+        return sum(self.widths) * self.num_children
+
+    @property
+    def num_nodes(self) -> int:
+        """K."""
+        return self.num_drafted if self.best is None else self.best
 
 
 def from_paths(paths: Sequence[Sequence[int]]) -> Topology:

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxspec import pytree, sampling
-from jaxspec.drafters.branching import CHILDREN
+from jaxspec.drafters import branching, model_tree
 from jaxspec.drafters.choosing import chooser
-from jaxspec.drafters.model_tree import ModelTreeDrafter
 from jaxspec.sampling import Sampling, check, processing
-from jaxspec.trees import Topology
+from jaxspec.trees import Beam, Topology
 from jaxspec.types import (
     PREFILL_CHUNK,
     Cache,
@@ -272,9 +271,9 @@ def model(
     lm: LanguageModel,
     *,
     sampling: Sampling | None = None,
-    tree: Topology | None = None,
-    children: str = "without_replacement",
-) -> ModelDrafter | ModelTreeDrafter:
+    tree: Topology | Beam | None = None,
+    children: str | None = None,
+) -> ModelDrafter | model_tree.ModelTreeDrafter:
     """Drafts with a smaller language model over the same vocabulary.
 
     By default it samples under the target's own options, so that temperature, top-k, … shape q
@@ -289,15 +288,16 @@ def model(
         its number of nodes then, whatever `num_draft_tokens` says.
       children: how the children of a node are found, at temperatures above 0:
         "without_replacement" (drawn from q, none twice), "independent" (each drawn from q), or
-        "top_k" (q's likeliest tokens, not drawn). At temperature 0 they are the likeliest.
+        "top_k" (q's likeliest tokens, not drawn). At temperature 0 they are the likeliest. None:
+        the first, and "top_k" for a `trees.Beam` that keeps its best nodes, which takes no other.
 
     Returns:
       A drafter.
 
     Raises:
       ValueError: `lm` is no `LanguageModel`, or one that cannot be fed trees where it has to;
-        `sampling` no `Sampling` or out of range; `tree` no `Topology`. (That its vocabulary is
-        the target's, `generate` checks.)
+        `sampling` no `Sampling` or out of range; `tree` none, or one that `children` do not go
+        with. (That its vocabulary is the target's, `generate` checks.)
 
     References:
       Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
@@ -326,12 +326,6 @@ def model(
     options = None if sampling is None else check(sampling, lm.vocab_size)
     if tree is None:
         return ModelDrafter(lm, options)
-    if not isinstance(tree, Topology):
-        raise ValueError(
-            f"tree must be a jaxspec.trees.Topology, got {type(tree).__name__}; "
-            "jaxspec.trees.kary, comb and sequoia make some."
-        )
-    if children not in CHILDREN:
-        raise ValueError(f"children must be one of {', '.join(CHILDREN)}; got {children!r}.")
+    children = branching.check(tree, children)
     lm.require_trees("drafters.model with a tree")
-    return ModelTreeDrafter(ModelDrafter(lm, options), tree, children)
+    return model_tree.ModelTreeDrafter(ModelDrafter(lm, options), tree, children)

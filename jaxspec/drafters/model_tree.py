@@ -1,17 +1,16 @@
-"""A language model drafts a tree of a fixed shape, one forward a level."""
+"""A language model drafts a tree, one forward a level."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxspec import pytree
 from jaxspec.drafters import branching
-from jaxspec.trees import Topology
+from jaxspec.trees import Beam, Topology
 from jaxspec.types import Branches, Cache, Context, Draft, Outcome, Signals
 
 if TYPE_CHECKING:
@@ -20,12 +19,25 @@ if TYPE_CHECKING:
 Array: TypeAlias = jax.Array
 
 
+class ModelTreeState(NamedTuple):
+    """The drafter's state.
+
+    Attributes:
+      text: the cache, and what it holds of the committed text.
+      places: i32[B, K], where behind the text the cache holds each node of the round; -1: it was
+        not fed.
+    """
+
+    text: ModelState
+    places: Array
+
+
 @pytree.dataclass
 class ModelTreeDrafter:
-    """See `model`. Of a tree, the cache holds the nodes that have children, in their order."""
+    """See `model`. Of a tree, the cache holds the nodes that have children, as they were fed."""
 
     chain: ModelDrafter
-    tree: Topology = pytree.static()
+    tree: Topology | Beam = pytree.static()
     children: str = pytree.static()
 
     hidden_layers: ClassVar[tuple[int, ...]] = ()
@@ -45,75 +57,71 @@ class ModelTreeDrafter:
         """The draft model's limit, in tokens."""
         return self.chain.max_length
 
-    def init(self, batch: int, capacity: int) -> ModelState:
+    def init(self, batch: int, capacity: int) -> ModelTreeState:
         """An empty cache."""
-        return self.chain.init(batch, capacity)
+        places = jnp.full((batch, self.num_nodes), -1, jnp.int32)
+        return ModelTreeState(self.chain.init(batch, capacity), places)
 
     def prefill(
         self,
-        state: ModelState,
+        state: ModelTreeState,
         tokens: Array,
         hidden: tuple[Array, ...],
         start: Array,
         num_new: Array,
-    ) -> ModelState:
+    ) -> ModelTreeState:
         """Feeds one chunk of the prompts."""
-        return self.chain.prefill(state, tokens, hidden, start, num_new)
+        return state._replace(text=self.chain.prefill(state.text, tokens, hidden, start, num_new))
 
     def propose(
         self,
         keys: Array,
-        state: ModelState,
+        state: ModelTreeState,
         context: Context,
         num_draft: Array,
         keep_drafting: Callable[[Signals], Array],
-    ) -> tuple[Draft, ModelState]:
+    ) -> tuple[Draft, ModelTreeState]:
         """Drafts level by level, all rows together."""
         del keep_drafting  # the tree's size is fixed
         lengths = context.lengths
         options, history = self.chain.options_for(context)
-        logits, cache = self.chain.read_text(state, context, num_draft > 0)
+        logits, cache = self.chain.read_text(state.text, context, num_draft > 0)
 
-        def feed(tokens: Array, nodes: Sequence[int], cache: Cache) -> tuple[Array, Cache]:
+        def feed(tokens: Array, level: branching.Level, cache: Cache) -> tuple[Array, Cache]:
             batch, width = tokens.shape
-            depth = self.tree.depths[nodes[0]]
             output, cache = self.chain.lm.forward(
                 tokens,
                 cache,
-                start=lengths + branching.inner_nodes(self.tree).index(nodes[0]),
+                start=lengths + level.first,
                 num_new=jnp.full((batch,), width, jnp.int32),
                 branches=Branches(
                     prefix=lengths,
-                    mask=branching.sees_inner(self.tree, nodes),
-                    positions=jnp.tile((lengths - 1 + depth)[:, None], (1, width)),
+                    mask=level.sees,
+                    positions=jnp.tile((lengths - 1 + level.depth)[:, None], (1, width)),
                 ),
             )
             return output.logits, cache
 
-        draft, cache = branching.grow(
-            self.tree, self.children, keys, options, history, num_draft, logits, feed, cache
-        )
-        num_cached = jnp.where(num_draft > 0, lengths, state.num_cached)
-        return draft, state._replace(cache=cache, num_cached=num_cached)
+        given = branching.Given(self.children, keys, options, history, num_draft)
+        draft, places, cache = branching.grow(self.tree, given, logits, feed, cache)
+        num_cached = jnp.where(num_draft > 0, lengths, state.text.num_cached)
+        text = state.text._replace(cache=cache, num_cached=num_cached)
+        return draft, ModelTreeState(text, places)
 
-    def commit(self, state: ModelState, outcome: Outcome) -> ModelState:
+    def commit(self, state: ModelTreeState, outcome: Outcome) -> ModelTreeState:
         """Moves the accepted nodes that are cached together."""
-        path, inner = outcome.verdict.path, branching.inner_nodes(self.tree)
+        path = outcome.verdict.path
         assert path is not None  # of a tree
-        size = min(len(inner), self.tree.depth)
-        if size == 0:
-            cached = jnp.minimum(state.num_cached, outcome.start + 1)
-            cached = jnp.where(outcome.is_active, cached, state.num_cached)
-            return state._replace(num_cached=cached)
-        places = np.full((self.tree.num_nodes,), -1, np.int32)  # a leaf has none
-        places[inner] = np.arange(len(inner))
-        place = jnp.asarray(places)[path[:, :size]]
-        depths = jnp.arange(size, dtype=jnp.int32)[None]
-        is_kept = (place >= 0) & (depths < outcome.num_accepted[:, None])
-        cache = self.chain.lm.compact(  # type: ignore[misc]  # `model` asked for it
-            state.cache, outcome.start + 1, jnp.where(is_kept, place, depths)
-        )
-        cached = jnp.minimum(state.num_cached, outcome.start + 1)
-        cached = cached + jnp.sum(is_kept, axis=1, dtype=jnp.int32)
-        cached = jnp.where(outcome.is_active, cached, state.num_cached)
-        return state._replace(cache=cache, num_cached=cached)
+        # Before the round, the text in the cache ended with the pending token at the latest.
+        cache, cached = state.text.cache, jnp.minimum(state.text.num_cached, outcome.start + 1)
+        size = min(self.tree.depth - 1, self.num_nodes)  # the deepest nodes are not fed
+        if size > 0:
+            place = jnp.take_along_axis(state.places, path[:, :size], axis=1)
+            depths = jnp.arange(size, dtype=jnp.int32)[None]
+            is_kept = (place >= 0) & (depths < outcome.num_accepted[:, None])
+            cache = self.chain.lm.compact(  # type: ignore[misc]  # `model` asked for it
+                cache, outcome.start + 1, jnp.where(is_kept, place, depths)
+            )
+            cached = cached + jnp.sum(is_kept, axis=1, dtype=jnp.int32)
+        cached = jnp.where(outcome.is_active, cached, state.text.num_cached)
+        return state._replace(text=state.text._replace(cache=cache, num_cached=cached))

@@ -16,7 +16,7 @@ from support.mutants import mutant
 from support.running import generate_with
 
 import jaxspec
-from jaxspec import Sampling, loop
+from jaxspec import Sampling, loop, trees
 from jaxspec.testing import Oracle
 
 exactness = pytest.mark.exactness
@@ -121,6 +121,7 @@ _STOPPING = _DISAGREE._replace(mix="rows that stop early")
 _EQUAL = _DISAGREE._replace(drafter="equal")
 _LOOKING_BACK = _STOPPING._replace(group="looking back")
 _PROCESSED = _DISAGREE._replace(group="processed")
+_TREE = Run("k-ary, without replacement", "recursive rejection", "whole tree", "one length")
 _FEW = 15_000  # rows for each prompt: a bug is to be seen with fewer than a proof takes
 _LOOP, _DRAFTER = "jaxspec.loop", "jaxspec.drafters.model"
 _RATIO, _PROCESSING = "jaxspec.verifiers.ratio", "jaxspec.sampling.processing"
@@ -155,6 +156,32 @@ def _in_rule(rule, *patches, within=None):
         return {"verifier": getattr(broken, rule)()}
 
     return strategies
+
+
+def _in_growth(tree, *patches):
+    """How trees are grown, patched."""
+    way = ("jaxspec.drafters.model_tree", "jaxspec.drafters.branching")
+    return lambda: {
+        "drafter": mutant(_DRAFTER, *patches, within=way).model(matrix.OTHER, tree=tree),
+    }
+
+
+def _best_of_drawn():
+    """A beam of drawn children, of which those with the largest q are kept."""
+    broken = mutant(
+        _DRAFTER,
+        ("if beam.best is not None:", "if True:"),
+        ("lax.top_k(worth, beam.best)", "lax.top_k(worth, 3)"),
+        ("jnp.arange(beam.best)", "jnp.arange(3)"),
+        ("    log_probs = jnp.concatenate(all_laws, axis=1) if all_laws else None",
+         "    log_probs = jnp.concatenate(all_laws, axis=1)[rows, best]\n"
+         "    tokens, log_probs = (jnp.pad(x, [(0, 0), (0, 3)] + [(0, 0)] * (x.ndim - 2))\n"
+         "                         for x in (tokens, log_probs))\n"
+         "    parents = jnp.pad(parents, ((0, 0), (0, 3)), constant_values=NO_NODE)\n"
+         "    places = jnp.pad(places, ((0, 0), (0, 3)), constant_values=-1)"),
+        within=("jaxspec.drafters.model_tree", "jaxspec.drafters.branching"),
+    )  # fmt: skip
+    return {"drafter": broken.model(matrix.OTHER, tree=trees.Beam(1, 3, 2))}
 
 
 def _noise_reused():
@@ -406,6 +433,19 @@ _MUTANTS = {
             ("num_cached = jnp.minimum(state.num_cached, standing)", "num_cached = standing"),
             lm=matrix.TARGET),
     ),
+    # trees
+    "a penalty that sees another node's path": (
+        _TREE, ["repetition penalty"], _in_loop(
+            ("request.options, history, paths, depths)",
+             "request.options, history, jnp.roll(paths, 1, axis=1), depths)")),
+    ),
+    "drawn nodes ranked by their value": (_TREE, ["temperature"], _best_of_drawn),
+    "an exhausted q renormalised": (
+        _TREE, ["top-k"], _in_growth(
+            trees.kary((3, 1)),
+            ("exists = jnp.sum(weights) > 0",
+             "exists, weights = True, jnp.where(jnp.sum(weights) > 0, weights, 1.0)")),
+    ),
 }  # fmt: skip
 
 
@@ -420,5 +460,5 @@ def test_planted_bug_is_caught(name, record_property):
 
 
 def test_enough_bugs_are_planted():
-    assert len(_MUTANTS) == 39  # as the documents say; never fewer than 16
+    assert len(_MUTANTS) == 42  # as the documents say; never fewer than 16
     assert all(options for _, options, _ in _MUTANTS.values())

@@ -11,6 +11,7 @@ from support.running import generate_with
 
 import jaxspec
 from jaxspec import Sampling, drafters, loop, trees, verifiers
+from jaxspec.drafters import branching
 from jaxspec.testing import random_logits, table_model
 
 drafters_lookup = importlib.import_module("jaxspec.drafters.prompt_lookup")
@@ -29,6 +30,10 @@ TREES = {
     "chain": trees.chain(4),
     "one level": trees.kary((3,)),
     "more children than tokens": trees.kary((VOCAB + 2, 1)),
+    "beam": trees.Beam(width=2, depth=3),
+    "best of a beam": trees.Beam(width=3, depth=4, best=8),
+    "a deep beam of which little is kept": trees.Beam(width=2, depth=6, best=2),
+    "a beam wider than the vocabulary": trees.Beam(width=VOCAB + 2, depth=2),
 }
 
 
@@ -231,6 +236,52 @@ def test_wrong_arguments_are_refused():
         drafters.token_recycling(0)
     with pytest.raises(ValueError, match="children must be one of"):
         drafters.model(DRAFT, tree=TREES["k-ary"], children="greedy")
+    with pytest.raises(ValueError, match="whole numbers of at least 1"):
+        trees.Beam(width=0, depth=2)
+    with pytest.raises(ValueError, match=r"best must be 1 … 6"):
+        trees.Beam(width=2, depth=2, best=7)
+    for children in ("without_replacement", "independent"):
+        with pytest.raises(ValueError, match=r"drops drafted nodes .* pass children='top_k'"):
+            drafters.model(DRAFT, tree=trees.Beam(2, 2, best=4), children=children)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_beam_keeps_the_likeliest_nodes(temperature):
+    """Against all nodes of a search in NumPy, of a draft model with a table of one token."""
+    beam = trees.Beam(width=3, depth=4, best=9)
+    table = random_logits(3, vocab_size=VOCAB, order=1)
+    options = jaxspec.sampling.resolve(Sampling(temperature=temperature), 1, VOCAB)
+    text = jnp.array([[2, 4]])
+    history = jaxspec.sampling.recall(options, text, jnp.array([2]), vocab_size=VOCAB)
+    keys = jax.random.split(jax.random.key(0), (1, beam.num_nodes))
+    given = branching.Given("top_k", keys, options, history, jnp.array([beam.num_nodes]))
+    draft, places, fed = branching.grow(
+        beam,
+        given,
+        table[text[:, -1:]],
+        lambda tokens, level, state: (table[tokens], [*state, *np.asarray(tokens[0])]),
+        [],
+    )
+
+    log_q = np.asarray(jax.nn.log_softmax(table))
+    level, nodes = {(): 0.0}, {}  # path: worth
+    for _ in range(beam.depth):
+        widest = sorted(level, key=lambda path: -level[path])[: beam.width]
+        level = {
+            (*path, int(token)): level[path] + log_q[[4, *path][-1], token]
+            for path in widest
+            for token in np.argsort(-log_q[[4, *path][-1]])[: beam.num_children]
+        }
+        nodes |= level
+    wanted = sorted(nodes, key=lambda path: -nodes[path])[: beam.best]
+
+    paths, depths = trees.paths(draft.parents[0], draft.tokens[0])
+    found = [tuple(path[:depth]) for path, depth in zip(paths.tolist(), depths, strict=True)]
+    assert sorted(found[1:]) == sorted(wanted)
+    assert draft.log_probs is None
+    fed_at = {int(place): path[-1] for place, path in zip(places[0], found[1:], strict=True)}
+    assert all(fed[place] == token for place, token in fed_at.items() if place >= 0)
+    assert len(fed_at) > 3
 
 
 def test_the_default_rule_follows_the_children():

@@ -17,6 +17,7 @@ from jaxspec_models.drafters import parts, reading
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 6, 7, 8], [9], [4, 12, 30, 5, 5, 6], [20, 21]]
 TREES = {"comb": trees.comb((3, 2, 2)), "k-ary": trees.kary((2, 2)), "chain": trees.chain(3)}
+BEAMS = {"beam": trees.Beam(width=2, depth=3), "best of a beam": trees.Beam(3, 3, best=7)}
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +39,33 @@ def test_greedy_text_of_a_ragged_batch_is_that_of_plain_decoding(name):
     assert (ours.stats.tokens_per_step > TREES[name].depth + 0.8).all()
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", BEAMS)
+def test_greedy_text_of_beams_is_that_of_plain_decoding(name):
+    """As above, but the target's first choices need not be among the likeliest paths."""
+    options = {"max_new_tokens": 200, "sampling": GREEDY, "eos_ids": ()}
+    plain = jaxspec.generate(TARGET, PROMPTS, **options)
+    drafter = drafters.model(TARGET, tree=BEAMS[name])
+    ours = jaxspec.generate(TARGET, PROMPTS, drafter=drafter, **options)
+    np.testing.assert_array_equal(ours.tokens, plain.tokens)
+    assert (ours.stats.tokens_per_step > 2.5).all()
+
+
+@pytest.mark.parametrize("name", [*TREES, *BEAMS])
 def test_a_trained_drafter_in_trees_writes_the_same_text(eagle, name):
     options = {"max_new_tokens": 100, "sampling": GREEDY, "eos_ids": ()}
     plain = jaxspec.generate(TARGET, PROMPTS, **options)
     ours = jaxspec.generate(
-        TARGET, PROMPTS, drafter=jaxspec_models.in_trees(eagle, TREES[name]), **options
+        TARGET,
+        PROMPTS,
+        drafter=jaxspec_models.in_trees(eagle, (TREES | BEAMS)[name]),
+        **options,
     )
     np.testing.assert_array_equal(ours.tokens, plain.tokens)
     chain = jaxspec.generate(TARGET, PROMPTS, drafter=eagle, num_draft_tokens=3, **options)
     steps, chain_steps = (int(out.stats.num_spec_steps.sum()) for out in (ours, chain))
     if name == "chain":
         assert steps == chain_steps
-    elif name == "comb":  # the chain's drafts and others
+    elif name in ("comb", "beam"):  # the chain's drafts and others
         assert steps < chain_steps
 
 
@@ -109,34 +124,35 @@ def law_error(drafter):
     """How far any node's q is from that of its own path, drafted as a chain."""
     draft, state, pending = proposal(drafter)
     error = 0.0
-    for node, parent in enumerate(drafter.tree.parents):
-        way = []
-        while parent >= 0:
-            way, parent = [parent, *way], drafter.tree.parents[parent]
-        path = np.asarray(draft.tokens)[:, way].reshape(2, len(way))
-        law = np.exp(law_behind(drafter.chain, state, pending, path))
-        error = max(error, np.abs(np.exp(draft.log_probs[:, node]) - law).max())
+    for node in range(drafter.num_nodes):
+        for row, parents in enumerate(draft.parents.tolist()):  # of a beam, each row's own
+            way, parent = [], parents[node]
+            while parent >= 0:
+                way, parent = [parent, *way], parents[parent]
+            path = np.tile(draft.tokens[row, jnp.array(way, int)], (2, 1))
+            law = np.exp(law_behind(drafter.chain, state, pending, path)[row])
+            error = max(error, np.abs(np.exp(draft.log_probs[row, node]) - law).max())
     return error
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", [*TREES, "beam"])
 def test_every_node_has_the_law_of_its_own_path(eagle, name):
-    assert law_error(jaxspec_models.in_trees(eagle, TREES[name])) < 1e-5
+    assert law_error(jaxspec_models.in_trees(eagle, (TREES | BEAMS)[name])) < 1e-5
 
 
 @pytest.mark.parametrize(
     "patch",
     [
-        ("branching.sees_inner(tree, nodes), ((0, 0)",
-         "jnp.ones_like(branching.sees_inner(tree, nodes)), ((0, 0)"),
-        ("at.index(tree.parents[node])", "0 * at.index(tree.parents[node])"),
-        ("jnp.tile((start + depth)[:, None], (1, count))", "jnp.tile(start[:, None], (1, count))"),
+        ("jnp.pad(level.sees, (", "jnp.pad(jnp.ones_like(level.sees), ("),
+        ("jnp.broadcast_to(level.above,", "jnp.broadcast_to(0 * level.above,"),
+        ("jnp.tile((start + level.depth)[:, None]", "jnp.tile((start + 0 * level.depth)[:, None]"),
     ],
     ids=["a sibling is seen", "goes on from another parent", "positions without depth"],
 )  # fmt: skip
 def test_planted_bugs_in_the_cells_are_caught(eagle, patch):
     broken = mutant("jaxspec_models.drafters.tree", patch)
     assert law_error(broken.in_trees(eagle, trees.kary((2, 2, 1)))) > 1e-3
+    assert law_error(broken.in_trees(eagle, BEAMS["beam"])) > 1e-3
 
 
 def test_what_cannot_draft_trees_is_refused(eagle):
@@ -146,3 +162,5 @@ def test_what_cannot_draft_trees_is_refused(eagle):
         jaxspec_models.in_trees(eagle, trees.chain(4))
     with pytest.raises(ValueError, match="children must be one of"):
         jaxspec_models.in_trees(eagle, TREES["comb"], children="all")
+    with pytest.raises(ValueError, match="drops drafted nodes"):
+        jaxspec_models.in_trees(eagle, BEAMS["best of a beam"], children="independent")

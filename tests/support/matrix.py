@@ -100,6 +100,8 @@ DRAFTERS = {
 }
 _COMB, _BINARY = trees.comb((2, 2, 1)), trees.kary((2, 2))
 _SEQUOIA = trees.sequoia([0.55, 0.2, 0.1], 7)
+_BEAM = trees.Beam(width=1, depth=3, branching=2)  # which of two goes on, the draw decides
+_BEST = trees.Beam(width=2, depth=3, best=5)
 TREE_DRAFTERS = {
     "k-ary, without replacement": lambda module=drafters: module.model(OTHER, tree=_BINARY),
     "comb, without replacement": lambda module=drafters: module.model(OTHER, tree=_COMB),
@@ -120,6 +122,11 @@ TREE_DRAFTERS = {
     "token recycling, comb, top-k": lambda module=drafters: module.token_recycling(
         VOCAB, tree=_COMB, num_successors=2
     ),
+    "beam, independent": lambda module=drafters: module.model(
+        OTHER, tree=_BEAM, children="independent"
+    ),
+    "best of a beam, top-k": lambda module=drafters: module.model(OTHER, tree=_BEST),
+    "beam, without replacement": lambda module=drafters: module.model(OTHER, tree=_BEAM),
 }
 TREE_VERIFIERS = {
     "descent": verifiers.descent,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxspec import pytree
 from jaxspec.drafters import branching
-from jaxspec.trees import Topology
+from jaxspec.trees import Beam, Topology
 from jaxspec.types import Branches, Context, Draft, Outcome, Signals
 from jaxspec_models import layers
 from jaxspec_models.drafters import parts, reading
@@ -23,7 +23,7 @@ class ReaderTreeDrafter:
     """A `reading.ReaderDrafter` that drafts trees, cell by cell; see `in_trees`."""
 
     chain: reading.ReaderDrafter
-    tree: Topology = pytree.static()
+    tree: Topology | Beam = pytree.static()
     children: str = pytree.static()
 
     @property
@@ -66,8 +66,7 @@ class ReaderTreeDrafter:
     ) -> tuple[Draft, reading.ReaderState]:
         """Drafts level by level: each cell goes on from what its parent's has made."""
         del keep_drafting  # the tree's size is fixed
-        own, tree, model = self.chain, self.tree, self.chain.model()
-        inner = branching.inner_nodes(tree)
+        own, model = self.chain, self.chain.model()
         start = context.lengths - 1
         pending = context.tokens[jnp.arange(num_draft.shape[0]), start]
 
@@ -76,39 +75,29 @@ class ReaderTreeDrafter:
             return parts.spread(logits, own.draft_ids, own.vocab_size)
 
         def feed(
-            tokens: Array, nodes: Sequence[int], carry: tuple[layers.KVCache, Array, list[int]]
-        ) -> tuple[Array, tuple[layers.KVCache, Array, list[int]]]:
-            cache, above, at = carry  # what the cells of the level above have made
-            last = above[:, jnp.array([at.index(tree.parents[node]) for node in nodes])]
-            count = tokens.shape[1]
-            # The pending token's cell stands before them.
-            mask = jnp.pad(
-                branching.sees_inner(tree, nodes), ((0, 0), (1, 0)), constant_values=True
-            )
-            depth = tree.depths[nodes[0]]
+            tokens: Array, level: branching.Level, carry: tuple[layers.KVCache, Array]
+        ) -> tuple[Array, tuple[layers.KVCache, Array]]:
+            cache, above = carry  # what the cells of the level above have made
+            batch, count = tokens.shape
+            at = jnp.broadcast_to(level.above, (batch, count))
+            last = jnp.take_along_axis(above, at[:, :, None], axis=1)
+            # The pending token's cell stands before them, and is seen by all.
+            ahead = [(0, 0)] * (level.sees.ndim - 1)
+            mask = jnp.pad(level.sees, (*ahead, (1, 0)), constant_values=True)
             x, cache = reading.forward(
                 model,
                 cache,
                 model.guess(own.embed(tokens), last),
-                start + 1 + inner.index(nodes[0]),
-                Branches(start, mask, jnp.tile((start + depth)[:, None], (1, count))),
+                start + 1 + level.first,
+                Branches(start, mask, jnp.tile((start + level.depth)[:, None], (1, count))),
             )
-            return read(x), (cache, x, list(nodes))
+            return read(x), (cache, x)
 
         x, cache = reading.forward(
             model, state.cache, model.guess(own.embed(pending), state.last)[:, None], start
         )
-        draft, (cache, *_) = branching.grow(
-            tree,
-            self.children,
-            keys,
-            context.sampling,
-            context.history,
-            num_draft,
-            read(x),
-            feed,
-            (cache, x, [-1]),
-        )
+        given = branching.Given(self.children, keys, context.sampling, context.history, num_draft)
+        draft, _, (cache, _) = branching.grow(self.tree, given, read(x), feed, (cache, x))
         return draft, state._replace(cache=cache)
 
     def commit(self, state: reading.ReaderState, outcome: Outcome) -> reading.ReaderState:
@@ -125,7 +114,7 @@ class ReaderTreeDrafter:
 
 
 def in_trees(
-    drafter: reading.ReaderDrafter, tree: Topology, *, children: str = "without_replacement"
+    drafter: reading.ReaderDrafter, tree: Topology | Beam, *, children: str | None = None
 ) -> ReaderTreeDrafter:
     """Makes a trained EAGLE-3 drafter draft trees.
 
@@ -138,7 +127,8 @@ def in_trees(
       A drafter for `jaxspec.generate`.
 
     Raises:
-      ValueError: the drafter is of another method, or was trained for less depth.
+      ValueError: the drafter is of another method, or was trained for less depth; `children` do
+        not go with the tree.
 
     Example:
       >>> import jaxspec_models
@@ -151,13 +141,10 @@ def in_trees(
             "trees are drafted cell by cell: in_trees takes a drafter of method 'eagle3', as "
             "jaxspec_models.load_drafter returns it."
         )
+    children = branching.check(tree, children)
     if tree.depth > drafter.max_draft_tokens:
         raise ValueError(
             f"the tree is {tree.depth} deep, and this drafter was trained for at most "
             f"{drafter.max_draft_tokens} drafts behind each other."
-        )
-    if children not in branching.CHILDREN:
-        raise ValueError(
-            f"children must be one of {', '.join(branching.CHILDREN)}; got {children!r}."
         )
     return ReaderTreeDrafter(drafter, tree, children)
