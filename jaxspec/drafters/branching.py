@@ -289,6 +289,15 @@ def _grow_beam(beam: Beam, given: Given, logits: Array, feed: Feed, state: Any) 
     return Grown(given.draft(tokens, log_probs, parents), places, state)
 
 
+def capacity_for(tree: Topology | Beam, capacity: int) -> int:
+    """Slots that a drafter's cache needs where the target's has `capacity`.
+
+    Of a beam that keeps its best nodes, more may be fed than the K that the target's has room for.
+    """
+    most_fed = sum(tree.widths[1:]) if isinstance(tree, Beam) else len(_inner_nodes(tree))
+    return capacity + max(0, most_fed - tree.num_nodes)
+
+
 def check(tree: Any, children: str | None) -> str:
     """Checks what a drafter shall grow.
 

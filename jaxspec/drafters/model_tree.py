@@ -60,6 +60,7 @@ class ModelTreeDrafter:
     def init(self, batch: int, capacity: int) -> ModelTreeState:
         """An empty cache."""
         places = jnp.full((batch, self.num_nodes), -1, jnp.int32)
+        capacity = branching.capacity_for(self.tree, capacity)
         return ModelTreeState(self.chain.init(batch, capacity), places)
 
     def prefill(

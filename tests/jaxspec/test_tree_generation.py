@@ -13,6 +13,7 @@ import jaxspec
 from jaxspec import Sampling, drafters, loop, trees, verifiers
 from jaxspec.drafters import branching
 from jaxspec.testing import random_logits, table_model
+from jaxspec.types import Context
 
 drafters_lookup = importlib.import_module("jaxspec.drafters.prompt_lookup")
 recycling = importlib.import_module("jaxspec.drafters.token_recycling")
@@ -243,6 +244,28 @@ def test_wrong_arguments_are_refused():
     for children in ("without_replacement", "independent"):
         with pytest.raises(ValueError, match=r"drops drafted nodes .* pass children='top_k'"):
             drafters.model(DRAFT, tree=trees.Beam(2, 2, best=4), children=children)
+
+
+def test_a_cache_has_room_for_all_that_a_beam_drafts():
+    """A write beyond the end would be shifted over the text; the last round goes furthest."""
+    tree = trees.Beam(width=4, depth=5, best=2)  # 16 nodes are fed, 2 verified
+    drafter = drafters.model(DRAFT, tree=tree)
+    text = jnp.array([[1, 2, 3, 4, 5, 0, 1, 2, 3, 4] + [0] * 2])
+    length, before = jnp.array([10]), jnp.array([9])
+    options = jaxspec.sampling.resolve(GREEDY, 1, VOCAB)
+    history = jaxspec.sampling.recall(options, text, length, vocab_size=VOCAB)
+
+    def draft(capacity):
+        state = drafter.init(1, capacity)
+        state = drafter.prefill(state, text[:, :9], (), jnp.array([0]), before)
+        context = Context(text, length, options, history)
+        keys = jax.random.split(jax.random.key(0), (1, 2))
+        return drafter.propose(keys, state, context, jnp.array([2]), lambda signals: True)
+
+    tight, (wide, _) = draft(10 + tree.num_nodes + 1), draft(64)
+    np.testing.assert_array_equal(tight[0].tokens, wide.tokens)
+    cached = jax.tree.leaves(tight[1].text.cache)[0]
+    assert cached.shape[1] >= 10 + 16
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

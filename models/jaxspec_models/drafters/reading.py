@@ -330,7 +330,8 @@ def forward(
     prefix, mask, at = start, None, start[:, None] + jnp.arange(num_rows)[None]
     if branches is not None:
         prefix, at = branches.prefix, layers.pad_axis(branches.positions, 1, num_rows)
-        mask = jnp.broadcast_to(branches.mask[None], (batch, *branches.mask.shape))
+        mask = branches.mask if branches.mask.ndim == 3 else branches.mask[None]
+        mask = jnp.broadcast_to(mask, (batch, *mask.shape[1:]))
         mask = layers.pad_axis(mask, 1, num_rows)
     angles = llama.rotary_tables(shape, at)
     visibility = layers.Visibility(

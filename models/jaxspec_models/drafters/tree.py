@@ -43,7 +43,7 @@ class ReaderTreeDrafter:
 
     def init(self, batch: int, capacity: int) -> reading.ReaderState:
         """An empty cache of its own layers."""
-        return self.chain.init(batch, capacity)
+        return self.chain.init(batch, branching.capacity_for(self.tree, capacity))
 
     def prefill(
         self,
