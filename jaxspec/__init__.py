@@ -11,6 +11,7 @@ from jaxspec.generate import Generation as Generation
 from jaxspec.generate import generate as generate
 from jaxspec.profile import Profile as Profile
 from jaxspec.sampling import Sampling as Sampling
+from jaxspec.settings import Settings as Settings
 from jaxspec.stats import Stats as Stats
 from jaxspec.stream import stream as stream
 from jaxspec.types import Context as Context

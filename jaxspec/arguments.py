@@ -6,6 +6,7 @@ change. Values under a trace are not checked.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,6 +17,8 @@ import numpy as np
 from jaxspec import drafters, policies, prefilling, states, verifiers
 from jaxspec.sampling import Sampling, resolve
 from jaxspec.sampling.options import id_lists
+from jaxspec.settings import Settings
+from jaxspec.settings import read as read_settings
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
 
 Array: TypeAlias = jax.Array
@@ -58,6 +61,7 @@ def prepare(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     max_new_tokens: Any = 128,
     num_draft_tokens: int = 4,
+    settings: Settings | str | os.PathLike[str] | None = None,
     eos_ids: Sequence[int] | int | None = None,
     stop_sequences: Any = None,
     pad_id: int = 0,
@@ -86,6 +90,10 @@ def prepare(
     if not isinstance(pad_id, (int, np.integer)) or not -(2**31) <= pad_id < 2**31:
         raise ValueError(f"pad_id must be a Python integer within int32, got {pad_id!r}.")
     outputs = _outputs(num_top_log_probs, prompt_log_probs, target.vocab_size)
+    if drafter == "auto":
+        drafter = target.default_drafter or drafters.prompt_lookup()
+    if settings is not None:
+        drafter, num_draft_tokens = _tuned(drafter, settings)
     engine = _engine(target, drafter, verifier, policy, sampling, num_draft_tokens, outputs)
     if exact:
         _check_exact(engine)
@@ -265,8 +273,6 @@ def _engine(
     num_draft_tokens: int,
     outputs: states.Outputs,
 ) -> states.Engine:
-    if drafter == "auto":
-        drafter = target.default_drafter or drafters.prompt_lookup()
     if isinstance(drafter, LanguageModel):
         raise ValueError("to draft with a model, pass drafter=jaxspec.drafters.model(lm).")
     if isinstance(drafter, str) or not (drafter is None or isinstance(drafter, Drafter)):
@@ -304,6 +310,29 @@ def _engine(
     chosen: Policy = policies.fixed(num_draft_tokens) if policy is None else policy
     kinds = (type(drafter), type(rule), type(chosen))
     return states.Engine(target, drafter, rule, chosen, num_draft_tokens, outputs, kinds)
+
+
+def _tuned(drafter: Any, settings: Settings | str | os.PathLike[str]) -> tuple[Drafter | None, int]:
+    """The drafter as settings want it, and K."""
+    if not isinstance(settings, Settings):
+        if not isinstance(settings, (str, os.PathLike)):
+            raise ValueError(
+                "settings must be a jaxspec.Settings or a file of `jaxspec tune`, got "
+                f"{type(settings).__name__}."
+            )
+        settings = read_settings(settings)
+    if drafter is None:
+        raise ValueError("settings tell how to draft; pass a drafter, such as drafter='auto'.")
+    if settings.num_draft_tokens == 0:
+        return None, 1
+    if settings.tree is None:
+        return drafter, settings.num_draft_tokens
+    if not hasattr(drafter, "in_tree"):
+        raise ValueError(
+            f"the settings want a tree, and {type(drafter).__name__} has no in_tree(topology) that "
+            "makes a drafter of trees; run `jaxspec tune` with the drafter that is to be used."
+        )
+    return drafter.in_tree(settings.tree), settings.num_draft_tokens
 
 
 def _strongest_rule(drafter: Any, options: Sampling) -> Verifier:

@@ -141,12 +141,12 @@ def measure_costs(
 
     def rounds(name: str, length: int) -> float:
         engine, state = engines[name].replace(policy=policies.fixed(length)), begin(name)
-        return _seconds(lambda: run(engine, request, state, num_rounds)) / num_rounds
+        return time_call(lambda: run(engine, request, state, num_rounds)) / num_rounds
 
     def forwards() -> float:
         state = begin("free")
         fed, cache, start = engines["free"].target, state.cache, state.lengths - 1
-        return _seconds(lambda: _forwards(fed, cache, start, num_rounds)) / num_rounds
+        return time_call(lambda: _forwards(fed, cache, start, num_rounds)) / num_rounds
 
     widths = loop.verification_widths(num_slots)
     parts: dict[Any, Callable[[], float]] = {"forward": forwards}
@@ -154,7 +154,7 @@ def measure_costs(
     if num_slots:
         parts |= {"free": functools.partial(rounds, "free", num_slots)}
         parts |= {"free, plain": functools.partial(rounds, "free", 0)}
-    seconds = _typical(parts, repeats, reference=widths[0])
+    seconds = typical_times(parts, repeats, reference=widths[0])
 
     draft = 0.0
     if num_slots:
@@ -169,13 +169,14 @@ def measure_costs(
     return Profile(*(jnp.asarray(x, jnp.float32) for x in (rising, draft, overhead)))
 
 
-def _seconds(compute: Callable[[], Any]) -> float:
+def time_call(compute: Callable[[], Any]) -> float:
+    """Seconds until what is computed is there."""
     start = time.perf_counter()
     jax.block_until_ready(compute())
     return time.perf_counter() - start
 
 
-def _typical(
+def typical_times(
     parts: dict[Any, Callable[[], float]], repeats: int, reference: Any
 ) -> dict[Any, float]:
     """What each part takes, timed in turn; the first turn compiles and does not count.

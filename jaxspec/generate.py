@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from jax import lax
 
 from jaxspec import arguments, loop, prefilling, programs, pytree, states
 from jaxspec.sampling import Sampling
+from jaxspec.settings import Settings
 from jaxspec.stats import Stats
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
 
@@ -132,6 +134,7 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     max_new_tokens: int | Sequence[int] | Array = 128,
     num_draft_tokens: int = 4,
+    settings: Settings | str | os.PathLike[str] | None = None,
     eos_ids: Sequence[int] | int | None = None,
     stop_sequences: Any = None,
     pad_id: int = 0,
@@ -165,6 +168,8 @@ def generate(
       max_new_tokens: tokens to write at most, ≥ 1: one number, or integers [B], one a row; T is
         the largest (static).
       num_draft_tokens: K ≥ 1, the most tokens drafted in a round (static).
+      settings: what `jaxspec tune` found, or its file: how much is drafted and in what shape, in
+        the place of `num_draft_tokens`; the drafter drafts a tree then, if that was fastest.
       eos_ids: tokens that end a row; None: the model's own; (): never stop.
       stop_sequences: token-id lists, or i32[W, L] or i32[B, W, L] filled with -1 on the left: a
         row ends once its output ends in one of them, which is kept, like an EOS. What the prompt
@@ -220,6 +225,7 @@ def generate(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         num_draft_tokens=num_draft_tokens,
+        settings=settings,
         eos_ids=eos_ids,
         stop_sequences=stop_sequences,
         pad_id=pad_id,

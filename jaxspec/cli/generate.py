@@ -16,6 +16,7 @@ import numpy as np
 import jaxspec
 from jaxspec.cli import running
 from jaxspec.cli.errors import UserError, told_to_the_user
+from jaxspec.settings import read as read_settings
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,9 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = running.load_tokenizer(arguments.model)
     prompt_ids = running.encode(tokenizer, prompt, is_chat=arguments.chat)
     target = running.load_model(arguments.model, arguments.dtype, arguments.quantization)
-    drafter = _drafter(arguments, target)
+    drafter = drafter_of(arguments, target)
     options: dict[str, Any] = {
-        **running.drafting(drafter, arguments.num_draft_tokens, arguments.quantization),
+        **_drafting(arguments, drafter),
         "sampling": dataclasses.replace(
             sampling_options(arguments), grammar=_grammar(arguments, tokenizer, target)
         ),
@@ -110,7 +111,12 @@ def _read_file(name: str, what: str) -> bytes:
         raise UserError(f"the {what} file {name} cannot be read: {reason}") from error
 
 
-def _drafter(arguments: argparse.Namespace, target: jaxspec.LanguageModel) -> Any:
+def drafter_of(arguments: argparse.Namespace, target: jaxspec.LanguageModel) -> Any:
+    """What --draft or --drafter names, or None.
+
+    Raises:
+      UserError: it could not be loaded.
+    """
     if arguments.draft is not None:
         running.say(f"Loading {arguments.draft} ...")
         draft = running.load_model(arguments.draft, arguments.dtype, arguments.quantization)
@@ -130,6 +136,18 @@ def _drafter(arguments: argparse.Namespace, target: jaxspec.LanguageModel) -> An
         from jaxspec_models import load_drafter
 
         return load_drafter(arguments.drafter, target)
+
+
+def _drafting(arguments: argparse.Namespace, drafter: Any) -> dict[str, Any]:
+    if arguments.settings is None:
+        return running.drafting(drafter, arguments.num_draft_tokens, arguments.quantization)
+    with told_to_the_user():
+        settings = read_settings(arguments.settings)
+    count = settings.num_draft_tokens
+    if settings.tree is None and count > 0:
+        return running.drafting(drafter, count, arguments.quantization)
+    policy = jaxspec.policies.guarded(jaxspec.policies.fixed(max(count, 1)))
+    return {"drafter": drafter, "settings": settings, "policy": policy}
 
 
 def _grammar(

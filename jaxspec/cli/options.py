@@ -38,6 +38,19 @@ model computed NaN or the output cannot be written; 2 for a mistake in the argum
 130 after Ctrl-C; 141 if the reader of the output went away."""
 
 
+_TUNE_DESCRIPTION = """\
+Measures how often proposals are accepted on a file of prompts, and what verifying and proposing
+them takes on this machine, and writes the shape that promises most tokens per second to a small
+file, for `jaxspec generate --settings` and `jaxspec.generate(settings=...)`."""
+
+_TUNE_EPILOG = """\
+example:
+  jaxspec tune --tree --chat --prompts prompts.jsonl --quantization int8 --out settings.json
+  jaxspec generate --chat --quantization int8 --settings settings.json --prompt "Name my goose."
+
+It compiles some twenty programs, which takes minutes; keep the machine quiet meanwhile."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells a mistake in one line, without repeating the usage."""
 
@@ -87,6 +100,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands)
     _add_generate(commands)
+    _add_tune(commands)
     train_options.add(commands)
     arguments = parser.parse_args(argv)
     arguments.argv = list(argv)
@@ -120,34 +134,18 @@ def _add_generate(commands: Any) -> None:
     )
     parser.set_defaults(run=_run_generate)
 
-    models = parser.add_argument_group("models")
-    models.add_argument(
-        "--model",
-        metavar="NAME_OR_PATH",
-        default=common.DEFAULT_MODEL,
-        help="the model that writes: a name, a directory in Hugging Face form, a .gguf file or a "
-        "hub id (default: %(default)s)",
-    )
-    drafts = models.add_mutually_exclusive_group()
-    drafts.add_argument(
-        "--draft",
-        metavar="NAME_OR_PATH",
-        help="a smaller model with the same tokenizer, which proposes tokens",
-    )
-    drafts.add_argument(
-        "--drafter",
-        metavar="NAME_OR_PATH",
-        default="auto",
-        help="what proposes tokens: prompt-lookup, for text that stands in the prompt or the "
-        "output already; a directory of jaxspec train drafter; none; or auto, what was trained for "
-        "the model and comes with it, or else prompt-lookup (default: %(default)s)",
-    )
+    models = _add_models(parser)
+    how_much = models.add_mutually_exclusive_group()
     common.add_num_draft_tokens(
-        models,
+        how_much,
         "4, up to 6 by what was trained; with --quantization int8 2 by looking up, 1 by what was "
         "trained",
     )
-    common.add_dtype(models)
+    how_much.add_argument(
+        "--settings",
+        metavar="FILE",
+        help="how much is proposed, and in what shape, as jaxspec tune found it",
+    )
 
     prompt = parser.add_argument_group("prompt")
     source = prompt.add_mutually_exclusive_group()
@@ -253,6 +251,70 @@ def _add_generate(commands: Any) -> None:
     )
 
 
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="find what is fastest on this machine",
+        description=_TUNE_DESCRIPTION,
+        epilog=_TUNE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_run_tune)
+    _add_models(parser)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--tree", action="store_true", help="find the tree of proposals, a chain or none included"
+    )
+    what.add_argument(
+        "--prompts",
+        metavar="FILE",
+        required=True,
+        help="prompts such as will be asked, JSON lines with a field prompt",
+    )
+    what.add_argument("--chat", action="store_true", help="ask through the model's chat template")
+    common.add_count(what, "--num-prompts", 12, "how many of them, from the first on")
+    common.add_max_new_tokens(what, 64)
+    common.add_count(what, "--max-nodes", 16, "of the largest tree that is tried")
+    what.add_argument(
+        "--temperature",
+        metavar="F",
+        type=common.number(float, lambda x: x >= 0, "at least 0"),
+        default=0,
+        help="of the texts that are written (default: %(default)s)",
+    )
+    common.add_seed(what)
+    what.add_argument("--out", metavar="FILE", required=True, help="the settings, as JSON")
+
+
+def _add_models(parser: argparse.ArgumentParser) -> Any:
+    """Adds --model, --draft, --drafter, --dtype and --quantization."""
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--model",
+        metavar="NAME_OR_PATH",
+        default=common.DEFAULT_MODEL,
+        help="the model that writes: a name, a directory in Hugging Face form, a .gguf file or a "
+        "hub id (default: %(default)s)",
+    )
+    drafts = models.add_mutually_exclusive_group()
+    drafts.add_argument(
+        "--draft",
+        metavar="NAME_OR_PATH",
+        help="a smaller model with the same tokenizer, which proposes tokens",
+    )
+    drafts.add_argument(
+        "--drafter",
+        metavar="NAME_OR_PATH",
+        default="auto",
+        help="what proposes tokens: prompt-lookup, for text that stands in the prompt or the "
+        "output already; a directory of jaxspec train drafter; none; or auto, what was trained for "
+        "the model and comes with it, or else prompt-lookup (default: %(default)s)",
+    )
+    common.add_dtype(models)
+    return models
+
+
 def _nonempty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
@@ -263,6 +325,12 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     from jaxspec.cli import demo
 
     return demo.run(arguments)
+
+
+def _run_tune(arguments: argparse.Namespace) -> int:
+    from jaxspec.cli import tune
+
+    return tune.run(arguments)
 
 
 def _run_generate(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 import jaxspec
 from jaxspec import arguments
-from jaxspec.cli.errors import INTERRUPTED, told_to_the_user
+from jaxspec.cli.errors import INTERRUPTED, UserError, told_to_the_user
 from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.generate import prefill, result, run
 from jaxspec.loop import paid_widths
@@ -134,6 +134,22 @@ def load_model(name: str, dtype: str, quantization: str | None) -> jaxspec.Langu
         from jaxspec_models import load_model
 
         return load_model(name, dtype=dtype, quantization=quantization)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a JSONL file.
+
+    Raises:
+      UserError: it cannot be read, or has none.
+    """
+    with told_to_the_user():
+        from jaxspec_models import answers
+
+        try:
+            return answers.read_prompts(path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"the prompts {path} cannot be read: {reason}") from error
 
 
 def drafting(

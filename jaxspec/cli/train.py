@@ -63,7 +63,7 @@ def write_data(arguments: argparse.Namespace) -> int:
     with told_to_the_user():
         from jaxspec_models import answers
 
-        prompts = _prompts(arguments.prompts)
+        prompts = running.read_prompts(arguments.prompts)
     tokenizer = running.load_tokenizer(arguments.target)
     model = running.load_model(arguments.target, arguments.dtype, arguments.quantization)
     with told_to_the_user(), running.exit_on_interrupt(), _Bar() as bar:
@@ -97,15 +97,6 @@ def write_data(arguments: argparse.Namespace) -> int:
 def _weights(arguments: argparse.Namespace) -> str:
     """How the target's weights are kept, as features note it."""
     return cast(str, arguments.quantization or arguments.dtype)
-
-
-def _prompts(path: str) -> list[str]:
-    from jaxspec_models import answers
-
-    try:
-        return answers.read_prompts(path)
-    except OSError as error:
-        raise UserError(f"the prompts {path} cannot be read: {error.strerror or error}") from error
 
 
 class _Bar:

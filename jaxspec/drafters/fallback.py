@@ -64,6 +64,17 @@ class Fallback:
             for drafter, own, seen in zip(self.drafters, state, self._dealt(hidden), strict=True)
         )
 
+    def in_tree(self, tree: Any) -> Any:
+        """The last of them, which always has a draft, drafting a tree; the others are not asked.
+
+        Raises:
+          ValueError: it drafts chains only.
+        """
+        last = self.drafters[-1]
+        if not hasattr(last, "in_tree"):
+            raise ValueError(f"{type(last).__name__}, the last of fallback's, drafts chains only.")
+        return last.in_tree(tree)
+
     def propose(
         self,
         keys: Array,
@@ -151,7 +162,7 @@ def fallback(*drafters: Drafter) -> Fallback:
       A drafter. Its `hidden_layers` are those of all; its limits the least of them.
 
     Raises:
-      ValueError: fewer than two, or something that is no drafter.
+      ValueError: fewer than two, something that is no drafter, or one that drafts trees.
 
     References:
       Oliaro et al., SuffixDecoding, arXiv 2411.04975, which leaves to EAGLE what it does not find.
@@ -176,4 +187,9 @@ def fallback(*drafters: Drafter) -> Fallback:
     for drafter in drafters:
         if not isinstance(drafter, Drafter):
             raise ValueError(f"fallback takes drafters, got {type(drafter).__name__}.")
+        if hasattr(drafter, "num_nodes"):
+            raise ValueError(
+                f"fallback takes drafters of chains, and {type(drafter).__name__} drafts trees: "
+                "whose turn it is decides which rule is exact. Pass that drafter by itself."
+            )
     return Fallback(drafters)

@@ -187,6 +187,10 @@ class ModelDrafter:
         draft = Draft(tokens, progress.log_probs, progress.num_known - context.lengths)
         return draft, ModelState(progress.cache, progress.num_cached)
 
+    def in_tree(self, tree: Topology) -> model_tree.ModelTreeDrafter:
+        """The same model, drafting a tree."""
+        return model_tree.ModelTreeDrafter(self, tree, branching.check(tree, None))
+
     def options_for(self, context: Context) -> tuple[sampling.Options, sampling.History]:
         """The sampling options that shape q, and what they look back on."""
         options, history = context.sampling, context.history

@@ -24,6 +24,10 @@ class PromptLookup:
 
     hidden_layers: ClassVar[tuple[int, ...]] = ()
 
+    def in_tree(self, tree: Topology) -> PromptLookupTree:
+        """Several matches at once."""
+        return PromptLookupTree(self.max_ngram, self.min_ngram, tree)
+
     def init(self, batch: int, capacity: int) -> tuple[()]:
         """Nothing."""
         del batch, capacity

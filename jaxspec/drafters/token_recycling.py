@@ -56,6 +56,10 @@ class TokenRecycling:
         """V."""
         return self.table.shape[0]
 
+    def in_tree(self, tree: Topology) -> TokenRecycling:
+        """The same table, another tree."""
+        return token_recycling(self.table.shape[0], tree=tree, table=self.table)
+
     def init(self, batch: int, capacity: int) -> RecyclingState:
         """A table for each row: rows do not know of each other."""
         del capacity

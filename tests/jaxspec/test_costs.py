@@ -141,7 +141,7 @@ def test_a_slow_turn_slows_all_of_its_parts():
         "two": iter([9.0, 2.0, 4.0, 2.0, 4.0, 2.0]),
     }
     parts = {name: functools.partial(next, values) for name, values in turns.items()}
-    assert costs_module._typical(parts, 5, reference="two") == {"one": 1.0, "two": 2.0}
+    assert costs_module.typical_times(parts, 5, reference="two") == {"one": 1.0, "two": 2.0}
 
 
 @pytest.mark.parametrize(

@@ -399,6 +399,12 @@ class ReaderDrafter:
         graphdef, _ = parts.abstract(self.model_type, self.config)
         return nnx.merge(graphdef, nnx.State(self.params))
 
+    def in_tree(self, tree: Any) -> Any:
+        """The same weights, drafting a tree: `jaxspec_models.in_trees`."""
+        from jaxspec_models.drafters import tree as trees  # which imports this module
+
+        return trees.in_trees(self, tree)
+
     def embed(self, tokens: Array) -> Array:
         """The target's embeddings, i32[...] -> f32[..., D]."""
         return parts.embed(self.config.target, self.embeddings, tokens)
