@@ -19,19 +19,16 @@ import itertools
 import json
 import os
 import pathlib
-import statistics
-import time
 from typing import Any
 
+import contest
 import jax
 import numpy as np
-from compare import rates, read_prompts
-from systems import write
+from compare import read_prompts
 
 import jaxspec
 import jaxspec_models
 from jaxspec.cli import running
-from jaxspec_models.text import encode_prompt
 
 
 def by_slot(histogram: np.ndarray) -> list[float]:
@@ -81,12 +78,10 @@ def main() -> None:
     quantization = None if args.quantization == "none" else args.quantization
     model = jaxspec_models.load_model(args.model, quantization=quantization)
     tokenizer = jaxspec_models.load_tokenizer(args.model)
-    prompts = [
-        {"category": category, "ids": encode_prompt(tokenizer, [{"role": "user", "content": text}])}
-        for category, text in read_prompts(args.prompts, args.per_category)
-    ]
+    prompts = contest.read(tokenizer, read_prompts(args.prompts, args.per_category))
     report: dict[str, Any] = {"settings": vars(args), "temperatures": {}}
     for temperature in args.temperatures:
+        jax.clear_caches()  # programs of another temperature would only hold memory
         figures = measure(model, prompts, temperature, args)
         report["temperatures"][f"{temperature:g}"] = figures
         with open(args.json, "w", encoding="utf-8") as file:
@@ -121,58 +116,27 @@ def measure(
             shipped = running.drafting(both, None, None if args.quantization == "none" else "int8")
             enter("as shipped", shipped.pop("num_draft_tokens"), **shipped)
 
-    def ask(name: str, prompt: dict[str, Any], seed: int) -> dict[str, Any]:
-        request = {
-            "ids": prompt["ids"],
-            "max_new_tokens": args.max_new_tokens,
-            "eos_ids": list(model.eos_ids),
-            "seed": seed,
-        }
-        return write(model, request, **contestants[name]) | {"category": prompt["category"]}
-
-    for name in contestants:  # compiling is not part of it
-        seen = set()
-        for prompt in prompts:
-            if (shape := max(len(prompt["ids"]) - 1, 1).bit_length()) not in seen:
-                ask(name, prompt, 0)
-            seen.add(shape)
-
-    answers: dict[str, list[list[dict[str, Any]]]] = {
-        name: [[] for _ in range(args.rounds)] for name in contestants
-    }
-    for turn in range(args.rounds):
-        for index, prompt in enumerate(prompts):
-            for name in list(contestants)[:: 1 if (turn + index) % 2 == 0 else -1]:
-                time.sleep(0.1)
-                answers[name][turn].append(ask(name, prompt, turn))
-
+    answers = contest.hold(
+        model, prompts, contestants, max_new_tokens=args.max_new_tokens, rounds=args.rounds
+    )
     categories = list(dict.fromkeys(prompt["category"] for prompt in prompts))
     print(f"\ntemperature {temperature:g}, at most {args.max_new_tokens} new tokens, batch 1")
     for name, rounds in answers.items():
         found = figures[name]
 
-        def ratio(category: str | None, rounds: Any = rounds) -> float:
-            def of(rounds: Any) -> float:
-                chosen = [[a for a in one if category in (None, a["category"])] for one in rounds]
-                return statistics.median(rates(one)["decode"] for one in chosen)
-
-            return of(rounds) / of(answers["plain"])
-
-        every = [answer for one in rounds for answer in one]
-        found["tokens_per_second"] = statistics.median(rates(one)["decode"] for one in rounds)
+        found["tokens_per_second"] = contest.tokens_per_second(rounds)
         if name == "plain":
             print(f"plain: {found['tokens_per_second']:.1f} tokens/s")
             continue
-        histogram = np.sum([answer["histogram"] for answer in every], axis=0)
-        steps = sum(answer["steps"] for answer in every)
-        found["tokens_per_step"] = sum(answer["tokens"] for answer in every) / steps
-        found["acceptance"] = by_slot(histogram)
-        found["over_plain"] = ratio(None)
-        found["over_plain_by_category"] = {category: ratio(category) for category in categories}
-        plain_texts = [answer["ids"] for one in answers["plain"] for answer in one]
-        found["same_texts"] = sum(
-            a == b["ids"] for a, b in zip(plain_texts, every, strict=True)
-        ) / len(every)
+        found["tokens_per_step"] = contest.tokens_per_step(rounds)
+        found["acceptance"] = by_slot(contest.histogram(rounds))
+        found["over_plain_by_category"] = {
+            category: contest.tokens_per_second(rounds, category)
+            / contest.tokens_per_second(answers["plain"], category)
+            for category in categories
+        }
+        found["over_plain"] = found["tokens_per_second"] / figures["plain"]["tokens_per_second"]
+        found["same_texts"] = contest.same_texts(rounds, answers["plain"])
         lowest = min(found["over_plain_by_category"], key=found["over_plain_by_category"].get)
         print(
             f"{name} ({found['method']}, {found['bytes'] / 1e6:.1f} MB): "

@@ -36,17 +36,27 @@ class System(NamedTuple):
     modes: tuple[str, ...] = MODES
 
 
-def write(model: Any, request: dict[str, Any], **options: Any) -> Answer:
-    """Answers a request with `jaxspec`; options of `jaxspec.generate`."""
+def write(
+    model: Any, request: dict[str, Any], *, slots: int | None = None, **options: Any
+) -> Answer:
+    """Answers a request with `jaxspec`; options of `jaxspec.generate`.
+
+    Prompts that are padded to the same number of slots run the same programs.
+    """
     import jax
+    import numpy as np
 
     from jaxspec import arguments
     from jaxspec.generate import prefill, result, run
 
+    size = len(request["ids"])
+    padded = np.zeros((1, slots or size), np.int32)
+    padded[0, :size] = request["ids"]
     start = time.perf_counter()
     prepared = arguments.prepare(
         model,
-        [request["ids"]],
+        padded,
+        prompt_lengths=np.array([size], np.int32),
         max_new_tokens=request["max_new_tokens"],
         eos_ids=request["eos_ids"],
         key=jax.random.key(request["seed"]),
@@ -55,7 +65,7 @@ def write(model: Any, request: dict[str, Any], **options: Any) -> Answer:
     engine, row = prepared.engine, prepared.request
     state = prefill(engine, row, prepared.prompts, max_new_tokens=prepared.max_new_tokens)
     state = run(engine, row, state, 1)
-    first = int(state.lengths[0]) - len(request["ids"])
+    first = int(state.lengths[0]) - size
     begin = time.perf_counter()
     state = jax.block_until_ready(run(engine, row, state, -1))
     end = time.perf_counter()
