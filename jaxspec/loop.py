@@ -167,7 +167,7 @@ def _judge(
             judged = lax.fori_loop(0, (chosen == i).astype(jnp.int32), judge, judged)
         return judged
 
-    if len(widths) == 1 or draft.parents is not None:
+    if len(widths) == 1:
         return at_full_width(state.cache, draft, is_active)
     # Elsewhere a loop of dynamic length costs more than the tokens it would save.
     return lax.platform_dependent(
@@ -191,6 +191,7 @@ def _judge_at_width(
     draft = draft._replace(
         tokens=draft.tokens[:, :num_slots],
         log_probs=None if draft.log_probs is None else draft.log_probs[:, :num_slots],
+        parents=None if draft.parents is None else draft.parents[:, :num_slots],
     )
     start = state.lengths - 1
     pending = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
@@ -255,11 +256,14 @@ def _judge_at_width(
 
     return _Judged(
         cache=cache,
-        draft=whole._replace(length=draft.length, parents=draft.parents),
+        draft=whole._replace(
+            length=draft.length,
+            parents=None if draft.parents is None else widen(draft.parents, NO_NODE),
+        ),
         verdict=verdict._replace(
             tokens=widen(tokens, NO_TOKEN),
             num_accepted=verdict.num_accepted.astype(jnp.int32),
-            path=None if draft.parents is None else verdict.path,
+            path=None if draft.parents is None else widen(verdict.path, NO_NODE),
             is_fallback=is_fallback,
         ),
         num_finite=num_finite,
