@@ -8,6 +8,8 @@ whatever is exact with a float target is as exact with a quantised one.
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import TypeAlias
 
 import jax
@@ -20,7 +22,8 @@ Array: TypeAlias = jax.Array
 
 KINDS = ("int8",)
 MAX_SUMMED_ROWS = 5
-"""Rows up to which the CPU sums products itself; beyond, the backend's matrix kernel is faster."""
+"""Rows up to which a CPU without a matrix unit sums products itself; beyond, the backend's matrix
+kernel is faster."""
 _MAX_WIDENED_BYTES = 24 * 1024
 """Rows that fill half of a core's first-level cache in int32 are widened as they are read instead:
 1,536 columns of 5 rows take 46 µs for 576 outputs so, and 59 widened before."""
@@ -66,9 +69,22 @@ def product(steps: Array, weight: Array) -> Array:
       >>> product(jnp.array([[1, -2]], jnp.int8), jnp.array([[3, 4], [5, 6]], jnp.int8)).tolist()
       [[-5, -7]]
     """
-    if not 1 < steps.shape[0] <= MAX_SUMMED_ROWS:
+    if not 1 < steps.shape[0] <= MAX_SUMMED_ROWS or has_matrix_unit():
         return _matrix_product(steps, weight)
     return lax.platform_dependent(steps, weight, cpu=_sum_products, default=_matrix_product)
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether this machine's CPU has a unit for int8 matrices (AMX), which its matrix kernel uses.
+
+    With it 16 rows cost little more than 2, and less than two rows summed (71 MB of weights: 3.4 ms
+    for 2 rows, 3.7 for 5 and 4.2 for 16, summed 5.6, 17 and 29).
+    """
+    try:
+        return " amx_int8" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return False
 
 
 def _matrix_product(steps: Array, weight: Array) -> Array:

@@ -80,10 +80,12 @@ def test_product_is_exact_in_integers():
     np.testing.assert_allclose(layers.product(x, weight, scale), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("has_unit", [False, True])
 @pytest.mark.parametrize("rows", range(1, quantization.MAX_SUMMED_ROWS + 3))
 @pytest.mark.parametrize("num_in", [1, 2, 33, 1536])
-def test_the_integer_product_at_its_extremes(rows, num_in):
+def test_the_integer_product_at_its_extremes(rows, num_in, has_unit, monkeypatch):
     """Both ways of computing it, the largest sums included; beside each other also in a loop."""
+    monkeypatch.setattr(quantization, "has_matrix_unit", lambda: has_unit)
     rng = np.random.default_rng(rows)
     weight = rng.integers(-127, 128, (7, num_in)).astype(np.int8)
     weight[0], weight[1] = 127, -127
@@ -107,7 +109,7 @@ def _temporary_bytes(module, rows, *, size=1024):
 
     def repeat(steps, weight, count):
         def step(_, steps):
-            return module.product(steps, weight).astype(jnp.int8)
+            return module._sum_products(steps, weight).astype(jnp.int8)
 
         return jax.lax.fori_loop(0, count, step, steps)
 
@@ -130,7 +132,7 @@ def _loops_that_round_and_sum(module):
     """Computations of the compiled product in which the rows are rounded for each output anew."""
 
     def product(x, weight):
-        return module.product(module.quantize_rows(x)[0], weight)
+        return module._sum_products(module.quantize_rows(x)[0], weight)
 
     x, weight = jnp.ones((3, 64)), jnp.ones((24, 64), jnp.int8)
     text = jax.jit(product).lower(x, weight).compile().as_text()
