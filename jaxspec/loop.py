@@ -145,6 +145,8 @@ def _judge(
     """One target forward over the pending tokens and the drafts, and the verdicts."""
     at_width = functools.partial(_judge_at_width, engine, request, state._replace(cache=None))
     widths = verification_widths(engine.num_draft_tokens)
+    if draft.parents is not None:  # a tree is drafted whole, or not at all
+        widths = (widths[0], widths[-1])
 
     def at_full_width(cache: Cache, draft: Draft, is_active: Array) -> _Judged:
         return at_width(cache, draft, is_active, width=widths[-1])
@@ -230,7 +232,7 @@ def _judge_at_width(
     tokens = verdict.tokens.astype(jnp.int32)
     offsets = jnp.arange(width, dtype=jnp.int32)
     emitted = jnp.where(offsets[None] <= verdict.num_accepted[:, None], tokens, 0)
-    report = scores.report
+    nodes = None
     if draft.parents is not None:
         assert verdict.path is not None  # `arguments` lets only rules for trees judge trees
         assert engine.target.compact is not None
@@ -238,10 +240,7 @@ def _judge_at_width(
         # Along the accepted path, as if the drafts had been a chain.
         nodes = _path_nodes(verdict.path, width)
         is_finite = jnp.take_along_axis(is_finite, nodes, axis=1)
-        logits, report = (
-            jnp.take_along_axis(x, nodes[:, :, None], axis=1) for x in (logits, report)
-        )
-    log_probs = _reported(engine.outputs, request.options, logits, report, emitted)
+    log_probs = _reported(engine.outputs, request.options, logits, scores.report, emitted, nodes)
     num_finite = jnp.sum(jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
 
     zeros = stats.zero_probabilities(draft, scores.log_probs)
@@ -294,20 +293,30 @@ def _path_nodes(path: Array, width: int) -> Array:
 
 
 def _reported(
-    outputs: Outputs, options: sampling.Options, logits: Array, report: Array, tokens: Array
+    outputs: Outputs,
+    options: sampling.Options,
+    logits: Array,
+    report: Array,
+    tokens: Array,
+    nodes: Array | None,
 ) -> LogProbs:
-    """What is reported of `tokens` i32[B, K + 1], of laws and logits f32[B, K + 1, V]."""
+    """What is reported of `tokens` i32[B, K + 1], of laws and logits f32[B, K + 1, V].
 
-    def of_tokens(law: Array) -> Array:
-        return jnp.take_along_axis(law, tokens[:, :, None], axis=2)[:, :, 0]
+    The laws behind the tokens are those at `nodes` i32[B, K + 1]; None: at 0 … K.
+    """
 
-    chosen = raw = of_tokens(report)
+    def along(laws: Array) -> Array:
+        return laws if nodes is None else jnp.take_along_axis(laws, nodes[:, :, None], axis=1)
+
+    at = jnp.arange(tokens.shape[1])[None] if nodes is None else nodes
+    # Not of `along(report)`, which would copy the laws for the sake of a number each.
+    chosen = raw = report[jnp.arange(tokens.shape[0])[:, None], at, tokens]
     if options.are_on:
-        raw = jax.vmap(jax.vmap(sampling.log_prob))(logits.astype(jnp.float32), tokens)
+        raw = jax.vmap(jax.vmap(sampling.log_prob))(along(logits).astype(jnp.float32), tokens)
     most = outputs.num_top_log_probs
     if most == 0:
         return LogProbs(chosen, raw, report[:, :, :0], jnp.zeros_like(tokens)[:, :, None][:, :, :0])
-    top, top_ids = lax.top_k(report, most)
+    top, top_ids = lax.top_k(along(report), most)
     return LogProbs(chosen, raw, top, top_ids.astype(jnp.int32))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+MAX_TOKENS = 16
+"""V at most: every set of tokens is looked at."""
 
 
 def optimal_acceptance(target: Any, drafts: Iterable[tuple[Iterable[int], float]]) -> float:
@@ -25,7 +27,8 @@ def optimal_acceptance(target: Any, drafts: Iterable[tuple[Iterable[int], float]
       α*.
 
     Raises:
-      ValueError: V is too large, or the probabilities do not add up to 1.
+      ValueError: V is too large, a draft is none of its tokens, or the probabilities do not add
+        up to 1.
 
     References:
       Sun et al., SpecTr, arXiv 2310.15141; Hu et al., Towards Optimal Multi-draft Speculative
@@ -36,14 +39,23 @@ def optimal_acceptance(target: Any, drafts: Iterable[tuple[Iterable[int], float]
       0.8
     """
     law = np.asarray(target, np.float64)
-    groups = [(frozenset(tokens), float(mass)) for tokens, mass in drafts]
-    if law.ndim != 1 or not 1 <= law.size <= 16:
-        raise ValueError(f"optimal_acceptance takes target float[V], V ≤ 16, got {law.shape}.")
-    if abs(sum(mass for _, mass in groups) - 1.0) > 1e-6:
+    if law.ndim != 1 or not 1 <= law.size <= MAX_TOKENS:
+        raise ValueError(
+            f"optimal_acceptance takes target float[V], V ≤ {MAX_TOKENS}, got {law.shape}."
+        )
+    # Of each set H, a number whose bits are its tokens: p(H), and what is drafted inside of it.
+    mass_of = np.zeros(2**law.size)
+    mass_of[2 ** np.arange(law.size)] = law
+    drafted = np.zeros_like(mass_of)
+    for tokens, mass in drafts:
+        chosen = set(tokens)
+        if not chosen <= set(range(law.size)):
+            raise ValueError(f"drafts must be tokens below {law.size}, got {sorted(chosen)}.")
+        drafted[sum(2**token for token in chosen)] += mass
+    if abs(drafted.sum() - 1.0) > 1e-6:
         raise ValueError("the drafts' probabilities must add up to 1.")
-    least = 0.0
-    for size in range(law.size + 1):
-        for chosen in itertools.combinations(range(law.size), size):
-            inside = sum(mass for tokens, mass in groups if tokens <= set(chosen))
-            least = min(least, float(law[list(chosen)].sum()) - inside)
-    return 1.0 + least
+    for sums in (mass_of, drafted):  # over all subsets, one token after the other
+        for token in range(law.size):
+            halves = sums.reshape(-1, 2, 2**token)
+            halves[:, 1] += halves[:, 0]
+    return 1.0 + float(np.min(mass_of - drafted))

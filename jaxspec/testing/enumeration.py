@@ -76,6 +76,10 @@ class Block:
             texts.append((text, float(mass)))
         return texts
 
+    def first_drafts(self, text: Text) -> set[int]:
+        """The drafts of a text that may stand first."""
+        return set(text[: min(self.length, 1)])
+
     def arrays(self, texts: list[Text]) -> tuple[Draft, jax.Array]:
         """The `Draft` and the target's log-probabilities f32[R, K + 1, V] of R texts."""
         size = self.num_draft
@@ -180,6 +184,11 @@ class TreeBlock(Block):
         if self.children == "top_k":
             return np.eye(self.vocab_size + 1)[np.argmax(law)]
         return law / law.sum()
+
+    def first_drafts(self, text: Text) -> set[int]:
+        """As `Block.first_drafts`: the children of the pending token."""
+        children = zip(text[: self.length], self.parents, strict=False)
+        return {token for token, parent in children if parent < 0} - {self.vocab_size}
 
     def arrays(self, texts: list[Text]) -> tuple[Draft, jax.Array]:
         """As `Block.arrays`."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.arguments import check_type
+from jaxspec.testing.bounds import MAX_TOKENS, optimal_acceptance
 from jaxspec.testing.comparison import FALSE_ALARM, compare
 from jaxspec.testing.enumeration import Block, Laws, TreeBlock, emitted_laws
 from jaxspec.testing.oracle import Text
@@ -34,6 +35,9 @@ class VerifierCase:
       total_variation: between the emitted law, carried on by the target, and the target's.
       bound: what it must stay below.
       expected_accepted: E[number of accepted drafts], exact or the samples' mean.
+      acceptance_rate: P(some draft is accepted), likewise.
+      optimal_acceptance_rate: what no lossless rule can exceed of that, `optimal_acceptance`; NaN
+        for more than 16 tokens.
       problem: what is wrong, or nothing.
     """
 
@@ -42,6 +46,8 @@ class VerifierCase:
     total_variation: float
     bound: float
     expected_accepted: float
+    acceptance_rate: float
+    optimal_acceptance_rate: float
     problem: str
 
 
@@ -73,12 +79,17 @@ class VerifierReport:
     def __str__(self) -> str:
         """One line a case."""
         lines = [f"check_verifier {'passed' if self.passed else 'FAILED'}"]
-        lines.append(f"{'case':>24}  {'law':>10}  {'TV':>9}  {'bound':>9}  {'E[accepted]':>11}")
+        width = max(len(case.name) for case in self.cases)
+        lines.append(
+            f"{'case':>{width}}  {'law':>10}  {'TV':>9}  {'bound':>9}  {'E[accepted]':>11}  "
+            f"{'P(any)':>7}  {'optimal':>7}"
+        )
         for case in self.cases:
             how = "enumerated" if case.is_exact else "sampled"
             lines.append(
-                f"{case.name:>24}  {how:>10}  {case.total_variation:9.1e}  {case.bound:9.1e}  "
-                f"{case.expected_accepted:11.4f}  {case.problem}"
+                f"{case.name:>{width}}  {how:>10}  {case.total_variation:9.1e}  {case.bound:9.1e}  "
+                f"{case.expected_accepted:11.4f}  {case.acceptance_rate:7.4f}  "
+                f"{case.optimal_acceptance_rate:7.4f}  {case.problem}"
             )
         return "\n".join(lines)
 
@@ -116,7 +127,8 @@ def check_verifier(
       false_alarm: the probability with which a correct rule that is sampled fails a case.
 
     Returns:
-      A `VerifierReport`, with the expected number of accepted drafts of each case.
+      A `VerifierReport`, with the expected number of accepted drafts of each case, and how often
+      any is accepted beside the optimum.
 
     Raises:
       ValueError: no verifier; sizes that cannot be enumerated; a `judge` whose numbers do not
@@ -145,7 +157,7 @@ def check_verifier(
     if getattr(verifier, "needs_greedy_sampling", False):
         cases = {name: block for name, block in cases.items() if "greedy" in name}
     if problem := _plain_problem(verifier, vocab_size):
-        return VerifierReport((VerifierCase("no drafts (K = 0)", False, 1.0, 0.0, 0.0, problem),))
+        return VerifierReport((_broken("no drafts (K = 0)", False, problem),))
     if hasattr(verifier, "judge"):
         return VerifierReport(tuple(_enumerated(verifier, cases)))
     return VerifierReport(
@@ -262,9 +274,7 @@ def _enumerated(verifier: Any, cases: dict[str, Block]) -> list[VerifierCase]:
             continue
         problems = [_call_problem(verifier, block) for block in group.values()]
         if bad := {name: p for name, p in zip(group, problems, strict=True) if p}:
-            return [
-                VerifierCase(name, True, 1.0, 0.0, 0.0, problem) for name, problem in bad.items()
-            ]
+            return [_broken(name, True, problem) for name, problem in bad.items()]
         laws = emitted_laws(verifier, list(group.values()))
         for (name, block), law in zip(group.items(), laws, strict=True):
             ours, exact = block.completed(law), block.target_law()
@@ -273,8 +283,24 @@ def _enumerated(verifier: Any, cases: dict[str, Block]) -> list[VerifierCase]:
             )
             problem = "another law than the target's" if distance > _EXACT_BOUND else ""
             accepted = sum(mass * (len(text) - 1) for text, mass in law.items())
-            found[name] = VerifierCase(name, True, distance, _EXACT_BOUND, accepted, problem)
+            some = sum(mass for text, mass in law.items() if len(text) > 1)
+            found[name] = VerifierCase(
+                name, True, distance, _EXACT_BOUND, accepted, some, _optimum(block), problem
+            )
     return [found[name] for name in cases]
+
+
+def _broken(name: str, is_exact: bool, problem: str) -> VerifierCase:
+    """A case of a rule that has no law to be compared."""
+    return VerifierCase(name, is_exact, 1.0, 0.0, 0.0, 0.0, float("nan"), problem)
+
+
+def _optimum(block: Block) -> float:
+    """The acceptance rate that no lossless rule exceeds."""
+    if block.vocab_size > MAX_TOKENS:
+        return float("nan")
+    drafts = [(block.first_drafts(text), mass) for text, mass in block.texts()]
+    return optimal_acceptance(block.target[()], drafts)
 
 
 def _plain_problem(verifier: Any, vocab_size: int) -> str:
@@ -331,7 +357,7 @@ def _sampled(
     )
     verdict = _call(verifier, keys, draft, target)
     if problem := _form_problem(verdict, draft, block.vocab_size):
-        return VerifierCase(name, False, 1.0, 0.0, 0.0, problem)
+        return _broken(name, False, problem)
     tokens, accepted = np.asarray(verdict.tokens), np.asarray(verdict.num_accepted)
     emitted, times = np.unique(np.c_[accepted, tokens], axis=0, return_counts=True)
     counts: dict[Text, int] = {}
@@ -349,6 +375,8 @@ def _sampled(
         comparison.total_variation,
         comparison.bound,
         float(accepted.mean()),
+        float((accepted > 0).mean()),
+        _optimum(block),
         "" if comparison.passed else "another law than the target's",
     )
 

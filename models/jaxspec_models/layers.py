@@ -304,21 +304,44 @@ def compact(cache: KVCache, start: Array, path: Array) -> KVCache:
     Returns:
       The cache.
     """
-    source = start[:, None] + path
+    size = path.shape[1]
+    axes = KVCache(keys=3, values=2)  # type: ignore[arg-type]  # of the slots
 
-    def move(buffer: Array, axis: int) -> Array:
-        def read(row: Array, slots: Array) -> Array:
-            return jnp.take(row, slots, axis=axis - 1, mode="clip")
+    def of_all(function: Callable[..., Array], *trees: KVCache) -> KVCache:
+        return KVCache(
+            *(
+                tuple(function(axis, *buffers) for buffers in zip(*layers, strict=True))
+                for axis, *layers in zip(axes, *trees, strict=True)
+            )
+        )
+
+    def read(axis: int, buffer: Array) -> Array:
+        # All that moves lies in the P slots from `start` on: what is gathered is small.
+        def read_row(row: Array, slot: Array, path: Array) -> Array:
+            nodes = lax.dynamic_slice_in_dim(row, slot, size, axis - 1)
+            return jnp.take(nodes, path, axis=axis - 1, mode="clip")
 
         if buffer.shape[0] == 1:  # as in `write_slots`
-            moved = read(buffer[0], source[0])[None]
-        else:
-            moved = jax.vmap(read)(buffer, source)
-        return write_slots(buffer, moved, start, axis=axis)
+            return read_row(buffer[0], start[0], path[0])[None]
+        return jax.vmap(read_row)(buffer, start, path)
 
-    return KVCache(
-        keys=tuple(move(keys, 3) for keys in cache.keys),
-        values=tuple(move(values, 2) for values in cache.values),
+    # Two loops of one trip, or of none where nothing moves. Fused, reading and writing would be one
+    # pass over the buffer, which is unsafe in place: the CPU backend would copy the whole of it.
+    moves = jnp.any(path != jnp.arange(size)[None]).astype(jnp.int32)
+    shapes = jax.eval_shape(functools.partial(of_all, read), cache)
+    moved = lax.fori_loop(
+        0,
+        moves,
+        lambda _, moved: of_all(read, cache),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+    )
+    return lax.fori_loop(
+        0,
+        moves,
+        lambda _, cache: of_all(
+            lambda axis, buffer, new: write_slots(buffer, new, start, axis=axis), cache, moved
+        ),
+        cache,
     )
 
 

@@ -136,6 +136,19 @@ def test_what_is_accepted_at_a_node_stays_below_the_bound_and_stronger_rules_acc
             assert deterministic == pytest.approx(bound(fixed), abs=1e-6)  # it is optimal
 
 
+@pytest.mark.parametrize("name", ["rejection", "block", *_RULES, "descent"])
+def test_reports_tell_the_optimum_beside_what_is_accepted(name):
+    rule = _RULES[name] if name in _RULES else getattr(verifiers, name)()
+    parents = None if name in ("rejection", "block") else _TREES["two children"]
+    report = check_verifier(rule, parents=parents)
+    slack = 1e-6 if hasattr(rule, "judge") else 5 * 0.5 / np.sqrt(100_000)  # of the samples
+    for case in report.cases:
+        assert case.acceptance_rate <= case.optimal_acceptance_rate + slack, case
+        if name == "rejection" or "top_k" in case.name:  # one draft, or a fixed set of them
+            assert case.acceptance_rate == pytest.approx(case.optimal_acceptance_rate, abs=slack)
+    assert "optimal" in str(report)
+
+
 @pytest.mark.exactness
 @pytest.mark.parametrize("children", ["without_replacement", "independent"])
 def test_traversal_never_accepts_fewer_than_recursive_rejection(children):
