@@ -267,8 +267,8 @@ def measure_tree_costs(
       repeats: timings of each part; medians count.
 
     Returns:
-      A `Profile` in seconds, of up to as many nodes as the largest tree has: `verify` what a round
-      takes without a drafter, `draft` a level of drafting; no overhead, which `verify` includes.
+      A `Profile` in seconds, of up to as many nodes as the largest tree has: `draft` a level of
+      drafting, `verify` what else a round takes; no overhead, which `verify` includes.
 
     Raises:
       ValueError: as `jaxspec.generate`.
@@ -303,14 +303,32 @@ def measure_tree_costs(
         parts["drafted", tree] = rounds(own)
         parts["idle", tree] = rounds(_Idle(tree, own.children, target.vocab_size))
     found = costs.typical_times(parts, repeats, reference="plain")
-    level = statistics.median(
-        (found["drafted", tree] - found["idle", tree]) / tree.depth for tree in topologies
+    once, level = _drafting_costs(
+        [tree.depth for tree in topologies],
+        [found["drafted", tree] - found["idle", tree] for tree in topologies],
     )
     sizes = [0, *(tree.num_nodes for tree in topologies)]
-    times = [found["plain"], *(found["idle", tree] for tree in topologies)]
+    times = [found["plain"], *(found["idle", tree] + once for tree in topologies)]
     verify = np.interp(np.arange(max(sizes) + 1), sizes, times)
     rising = np.maximum.accumulate(verify)  # noise must not make more nodes cheaper
-    return Profile(*(jnp.asarray(x, jnp.float32) for x in (rising, max(level, 0.0), 0.0)))
+    return Profile(*(jnp.asarray(x, jnp.float32) for x in (rising, level, 0.0)))
+
+
+def _drafting_costs(depths: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """What drafting takes in a round, whatever the depth, and for each level; at least 0.
+
+    A drafter does something once a round as well: an EAGLE drafter takes in the target's states.
+    Taken for a part of the levels, that would make shallow trees too cheap.
+    """
+    deviations = np.asarray(depths) - np.mean(depths)
+    if not np.any(deviations):  # one depth tells them not apart
+        return 0.0, max(0.0, statistics.median(s / d for s, d in zip(seconds, depths, strict=True)))
+    # The least squares of a line; where it would be below zero at one end, a line without that.
+    level = float(np.dot(deviations, seconds) / np.dot(deviations, deviations))
+    once = float(np.mean(seconds) - level * np.mean(depths))
+    if once < 0:
+        return 0.0, max(0.0, float(np.dot(depths, seconds) / np.dot(depths, depths)))
+    return (once, level) if level >= 0 else (max(0.0, float(np.mean(seconds))), 0.0)
 
 
 def tune_tree(

@@ -119,7 +119,9 @@ def _add_demo(commands: Any) -> None:
     common.add_dtype(parser)
     common.add_max_new_tokens(parser, 96)
     common.add_num_draft_tokens(
-        parser, "up to 6 by the drafter that comes with the model; 1 with --quantization int8"
+        parser,
+        "up to 6 by the drafter that comes with the model; 1 with --quantization int8, 2 where "
+        "the CPU has a matrix unit",
     )
 
 
@@ -139,7 +141,7 @@ def _add_generate(commands: Any) -> None:
     common.add_num_draft_tokens(
         how_much,
         "4, up to 6 by what was trained; with --quantization int8 2 by looking up, 1 by what was "
-        "trained",
+        "trained, and twice as many where the CPU has a matrix unit",
     )
     how_much.add_argument(
         "--settings",

@@ -24,15 +24,17 @@ from jaxspec.loop import paid_widths
 from jaxspec.types import PREFILL_CHUNK, Policy
 
 _NUM_DRAFTED = 4
-_NUM_LOOKED_UP = {None: 4, "int8": 2}  # as far as verifying costs almost nothing
-_NUM_TRAINED = {None: 2, "int8": 1}  # measured: benchmarks/README.md
+_UNIT = "int8 with a matrix unit"
+_NUM_LOOKED_UP = {None: 4, "int8": 2, _UNIT: 4}  # as far as verifying costs almost nothing
+_NUM_TRAINED = {None: 2, "int8": 1, _UNIT: 2}  # benchmarks/README.md
 _COSTS = {
     None: ((1, 5, 8, 11), (1.0, 1.06, 1.1, 1.2)),
     "int8": ((1, 3, 5, 8, 11), (1.0, 1.25, 1.7, 2.4, 3.0)),
+    _UNIT: ((1, 3, 5, 7, 9, 13), (1.0, 1.08, 1.2, 1.28, 1.35, 1.45)),
 }
 """Tokens of a target forward, and its time over that of one token's, by quantisation: measured on
 2 cores with smollm2-135m; int8 between a machine with AVX-512 (3 tokens: 1.13) and one without
-(1.36; benchmarks/README.md). `jaxspec.measure_costs` takes a minute."""
+(1.36), and apart with AMX (benchmarks/README.md). `jaxspec.measure_costs` takes a minute."""
 _LOOKUP_COST, _TRAINED_COST = 0.005, 0.06
 """Of a draft, likewise: copied from the text, and of an EAGLE-3 drafter beside an int8 target."""
 
@@ -168,18 +170,21 @@ def drafting(
     Returns:
       Options of `jaxspec.generate`.
     """
+    from jaxspec_models.quantization import has_matrix_unit
+
+    kind = _UNIT if quantization == "int8" and has_matrix_unit() else quantization
     is_lookup = drafter is None or isinstance(drafter, PromptLookup)
     own: int | None = getattr(drafter, "max_draft_tokens", None)
     if num_draft_tokens is None:
         if is_lookup:
-            num_draft_tokens = _NUM_LOOKED_UP[quantization]
+            num_draft_tokens = _NUM_LOOKED_UP[kind]
         elif own is None:
             num_draft_tokens = _NUM_DRAFTED
         else:
-            num_draft_tokens = min(own, _NUM_TRAINED[quantization])
+            num_draft_tokens = min(own, _NUM_TRAINED[kind])
     policy: Policy = jaxspec.policies.fixed(num_draft_tokens)
     if is_lookup or own is not None:
-        tokens, seconds = _COSTS[quantization]
+        tokens, seconds = _COSTS[kind]
         verify = np.interp(paid_widths(num_draft_tokens), tokens, seconds)
         costs = (verify, _LOOKUP_COST if is_lookup else _TRAINED_COST, 0.03)
         profile = jaxspec.Profile(*(jnp.asarray(cost, jnp.float32) for cost in costs))

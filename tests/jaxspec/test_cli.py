@@ -370,19 +370,22 @@ def test_a_trained_drafter_is_used(models, ask, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("drafter", "quantization", "count", "policy"),
+    ("drafter", "quantization", "counts", "policy"),  # without a matrix unit, and with one
     [
-        (drafters.prompt_lookup(), None, 4, Goodput),
-        (drafters.prompt_lookup(), "int8", 2, Goodput),
-        (drafters.model(table_model(np.zeros((4, 4), np.float32))), "int8", 4, Fixed),
-        (types.SimpleNamespace(max_draft_tokens=8), None, 2, Goodput),
-        (types.SimpleNamespace(max_draft_tokens=1), None, 1, Goodput),
-        (types.SimpleNamespace(max_draft_tokens=8), "int8", 1, Goodput),
+        (drafters.prompt_lookup(), None, (4, 4), Goodput),
+        (drafters.prompt_lookup(), "int8", (2, 4), Goodput),
+        (drafters.model(table_model(np.zeros((4, 4), np.float32))), "int8", (4, 4), Fixed),
+        (types.SimpleNamespace(max_draft_tokens=8), None, (2, 2), Goodput),
+        (types.SimpleNamespace(max_draft_tokens=1), None, (1, 1), Goodput),
+        (types.SimpleNamespace(max_draft_tokens=8), "int8", (1, 2), Goodput),
     ],
     ids=["lookup", "lookup, int8", "model", "trained", "trained for less", "trained, int8"],
 )
-def test_how_much_is_drafted(drafter, quantization, count, policy):
+@pytest.mark.parametrize("has_unit", [False, True], ids=["", "matrix unit"])
+def test_how_much_is_drafted(drafter, quantization, counts, policy, has_unit, monkeypatch):
     """As much as pays where costs are known; what was trained costs more than a lookup."""
+    monkeypatch.setattr("jaxspec_models.quantization.has_matrix_unit", lambda: has_unit)
+    count = counts[has_unit]
     found = running.drafting(drafter, None, quantization)
     assert found["num_draft_tokens"] == count
     assert isinstance(found["policy"], Guarded)

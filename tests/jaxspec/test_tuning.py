@@ -162,8 +162,22 @@ def test_shares_lean_on_the_level_above_where_little_was_seen():
     assert tuning._shares(trees.chain(2), np.array([0, 0]), 0) == [[0.0], [0.0]]
 
 
+@pytest.mark.parametrize(
+    ("depths", "seconds", "found"),
+    [
+        ([1, 2, 4], [0.5, 0.7, 1.1], (0.3, 0.2)),
+        ([3, 3], [0.6, 0.9], (0.0, 0.25)),  # one depth
+        ([1, 2], [0.1, 0.4], (0.0, 0.18)),  # not below zero at no level
+        ([1, 2], [0.4, 0.2], (0.3, 0.0)),  # nor a level
+        ([1, 2], [-0.4, -0.2], (0.0, 0.0)),
+    ],
+)
+def test_what_drafting_costs_once_and_for_each_level(depths, seconds, found):
+    assert tuning._drafting_costs(depths, seconds) == pytest.approx(found, abs=1e-12)
+
+
 def test_costs_are_of_rounds_and_levels(monkeypatch):
-    """Timings that are known: a plain round 1, a node 0.1 more, a level 0.25 more."""
+    """Timings that are known: a plain round 1, a node 0.1 more, drafts 0.5, a level 0.25 more."""
     topologies = [trees.chain(1), trees.comb((2, 2))]
 
     def typical_times(parts, repeats, reference):
@@ -171,13 +185,13 @@ def test_costs_are_of_rounds_and_levels(monkeypatch):
         times = {"plain": 1.0}
         for kind, tree in (name for name in parts if name != "plain"):
             times[kind, tree] = 1 + 0.1 * tree.num_nodes
-            times[kind, tree] += 0.25 * tree.depth * (kind == "drafted")
+            times[kind, tree] += (0.5 + 0.25 * tree.depth) * (kind == "drafted")
         assert all(part() > 0 for part in parts.values())  # and they run
         return times
 
     monkeypatch.setattr(tuning.costs, "typical_times", typical_times)
     cost = tuning.measure_tree_costs(TARGET, drafters.model(DRAFT), topologies, num_rounds=2)
-    np.testing.assert_allclose(cost.verify, [1.0, 1.1, 1.2, 1.3, 1.4], rtol=1e-6)
+    np.testing.assert_allclose(cost.verify, [1.0, 1.6, 1.7, 1.8, 1.9], rtol=1e-6)
     assert float(cost.draft) == pytest.approx(0.25)
     assert float(cost.overhead) == 0.0
 

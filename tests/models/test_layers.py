@@ -1,6 +1,7 @@
-"""Attention by itself: a row's result is bit for bit its own, whoever stands beside it."""
+"""Attention and its cache by themselves: rows are independent to the last bit, nothing is copied."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +95,39 @@ def test_the_same_under_64_bit_jax():
 )
 def test_planted_bugs_are_noticed(patch):
     assert _num_differing(mutant("jaxspec_models.layers", patch), 1, 3) > 0
+
+
+def _cache_copies(module):
+    """Copies of whole buffers in a compiled loop that feeds trees and moves accepted nodes."""
+    nodes, slots = 5, 2 * layers.KV_BLOCK
+    shapes = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 16, "dtype": jnp.bfloat16}
+
+    def repeat(cache, q, count):
+        def step(i, carry):
+            cache, q = carry
+            start = jnp.full((1,), 7, jnp.int32) + i
+            new = module.to_bits(q[0].transpose(1, 0, 2)[None].astype(jnp.bfloat16))
+            keys = module.write_slots(cache.keys[0], new.transpose(0, 1, 3, 2), start, axis=3)
+            values = module.write_slots(cache.values[0], new, start, axis=2)
+            mask = jnp.tri(nodes, dtype=bool)[None]
+            seen = module.Visibility(start, mask, start, start + nodes, nodes)
+            out = module.attention(q, keys, values, seen, dtype=jnp.bfloat16)
+            path = jnp.arange(nodes - 1)[None] + (out[:, :1, 0] > 0)  # as a verdict's: known late
+            cache = module.compact(module.KVCache((keys,), (values,)), start + 1, path)
+            return cache, out.reshape(q.shape)
+
+        return jax.lax.fori_loop(0, count, step, (cache, q))
+
+    cache = layers.init_cache(1, slots, **shapes)
+    text = jax.jit(repeat).lower(cache, jnp.ones((1, nodes, 2, 16)), 3).compile().as_text()
+    inside = text[: text.index("ENTRY")]  # at the entry a caller's own buffers are copied
+    return len(re.findall(r"= u16\[(?:1,)?2,(?:16,512|512,16)\]\S* copy\(", inside))
+
+
+def test_an_accepted_path_is_moved_without_copying_the_cache():
+    assert _cache_copies(layers) == 0
+    fused = mutant(
+        "jaxspec_models.layers",
+        ("moves = jnp.any(path != jnp.arange(size)[None]).astype(jnp.int32)", "moves = 1"),
+    )
+    assert _cache_copies(fused) > 0
