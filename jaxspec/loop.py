@@ -232,13 +232,14 @@ def _judge_at_width(
     tokens = verdict.tokens.astype(jnp.int32)
     offsets = jnp.arange(width, dtype=jnp.int32)
     emitted = jnp.where(offsets[None] <= verdict.num_accepted[:, None], tokens, 0)
-    nodes = None
+    nodes = path = None
     if draft.parents is not None:
         assert verdict.path is not None  # `arguments` lets only rules for trees judge trees
         assert engine.target.compact is not None
         cache = engine.target.compact(cache, start + 1, verdict.path)
         # Along the accepted path, as if the drafts had been a chain.
         nodes = _path_nodes(verdict.path, width)
+        path = _path_nodes(verdict.path, engine.num_draft_tokens + 1)[:, 1:] - 1
         is_finite = jnp.take_along_axis(is_finite, nodes, axis=1)
     log_probs = _reported(engine.outputs, request.options, logits, scores.report, emitted, nodes)
     num_finite = jnp.sum(jnp.cumprod(is_finite.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
@@ -262,7 +263,7 @@ def _judge_at_width(
         verdict=verdict._replace(
             tokens=widen(tokens, NO_TOKEN),
             num_accepted=verdict.num_accepted.astype(jnp.int32),
-            path=None if draft.parents is None else widen(verdict.path, NO_NODE),
+            path=path,
             is_fallback=is_fallback,
         ),
         num_finite=num_finite,

@@ -1,4 +1,4 @@
-"""Attention and its cache by themselves: rows are independent to the last bit, nothing is copied."""
+"""Attention and its cache by themselves: rows are independent to the last bit, none is copied."""
 
 import functools
 import re
