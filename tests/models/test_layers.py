@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.mutants import mutant
+from support.real import load
 
 from jaxspec_models import layers
 
@@ -99,35 +100,45 @@ def test_planted_bugs_are_noticed(patch):
 
 def _cache_copies(module):
     """Copies of whole buffers in a compiled loop that feeds trees and moves accepted nodes."""
-    nodes, slots = 5, 2 * layers.KV_BLOCK
-    shapes = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 16, "dtype": jnp.bfloat16}
+    nodes, model = 5, load("int8")
+    cache = model.init_cache(1, 2 * layers.KV_BLOCK, nodes)
 
-    def repeat(cache, q, count):
+    def repeat(params, cache, tokens, count):
         def step(i, carry):
-            cache, q = carry
+            cache, tokens = carry
             start = jnp.full((1,), 7, jnp.int32) + i
-            new = module.to_bits(q[0].transpose(1, 0, 2)[None].astype(jnp.bfloat16))
-            keys = module.write_slots(cache.keys[0], new.transpose(0, 1, 3, 2), start, axis=3)
-            values = module.write_slots(cache.values[0], new, start, axis=2)
-            mask = jnp.tri(nodes, dtype=bool)[None]
-            seen = module.Visibility(start, mask, start, start + nodes, nodes)
-            out = module.attention(q, keys, values, seen, dtype=jnp.bfloat16)
-            path = jnp.arange(nodes - 1)[None] + (out[:, :1, 0] > 0)  # as a verdict's: known late
-            cache = module.compact(module.KVCache((keys,), (values,)), start + 1, path)
-            return cache, out.reshape(q.shape)
+            output, cache = model.apply(
+                params,
+                tokens,
+                cache,
+                start=start,
+                prefix=start,
+                mask=jnp.tri(nodes, dtype=bool)[None],
+                positions=start[:, None] + jnp.arange(nodes)[None],
+            )
+            is_moved = (output.logits[:, :1, 0] > 0).astype(jnp.int32)  # known late, as verdicts
+            path = jnp.arange(nodes - 1)[None] + is_moved
+            cache = layers.KVCache(*module.compact(module.KVCache(*cache), start + 1, path))
+            return cache, jnp.argmax(output.logits, axis=-1).astype(jnp.int32)
 
-        return jax.lax.fori_loop(0, count, step, (cache, q))
+        return jax.lax.fori_loop(0, count, step, (cache, tokens))
 
-    cache = layers.init_cache(1, slots, **shapes)
-    text = jax.jit(repeat).lower(cache, jnp.ones((1, nodes, 2, 16)), 3).compile().as_text()
+    tokens = jnp.ones((1, nodes), jnp.int32)
+    text = jax.jit(repeat).lower(model.params, cache, tokens, 3).compile().as_text()
     inside = text[: text.index("ENTRY")]  # at the entry a caller's own buffers are copied
-    return len(re.findall(r"= u16\[(?:1,)?2,(?:16,512|512,16)\]\S* copy\(", inside))
+    sizes = {x.size for x in jax.tree.leaves(cache)}
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", inside)
+    return sum(np.prod([int(n) for n in shape.split(",")]) in sizes for shape in found)
 
 
+@pytest.mark.real_model
 def test_an_accepted_path_is_moved_without_copying_the_cache():
     assert _cache_copies(layers) == 0
     fused = mutant(
         "jaxspec_models.layers",
-        ("moves = jnp.any(path != jnp.arange(size)[None]).astype(jnp.int32)", "moves = 1"),
-    )
+        ("lax.fori_loop(\n        0,\n        moves,\n        lambda _, moved: of_all(",
+         "(lambda moved, *_: moved)(\n        of_all("),
+        ("return lax.fori_loop(\n        0,\n        moves,\n        lambda _, cache:",
+         "return (lambda f, cache: f(0, cache))(\n        lambda _, cache:"),
+    )  # fmt: skip
     assert _cache_copies(fused) > 0
