@@ -32,6 +32,9 @@ MIN_ROWS = 8
 MIN_PRODUCT_ROWS = 2
 """Rows that a model is padded to: one row leaves the fast path of the CPU backend's products, and
 elementwise work on it is fused, and so rounded, in other ways."""
+MIN_BFLOAT16_ROWS = 4
+"""Rows that bfloat16 products have at least: on a CPU with a matrix unit (AMX) two are summed by
+another kernel than three or more, with other roundings; elsewhere four cost what two do."""
 KV_BLOCK = 256
 """Slots that attention reads at a time on the CPU."""
 
@@ -81,7 +84,7 @@ def reduce_rows(reduce: Callable[[Array], Array], x: Array) -> Array:
 
 
 def product(x: Array, weight: Array, scale: Array | None = None) -> Array:
-    """`x @ weight.T` with exact or float32 accumulation, at least `MIN_PRODUCT_ROWS` rows.
+    """`x @ weight.T` with exact or float32 accumulation, of as many rows as bit-equality needs.
 
     Args:
       x: float[..., I]; cast to the weight's dtype, or for an int8 weight quantised row by row.
@@ -93,8 +96,9 @@ def product(x: Array, weight: Array, scale: Array | None = None) -> Array:
     """
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    if count < MIN_PRODUCT_ROWS:
-        rows = pad_axis(rows, 0, MIN_PRODUCT_ROWS)
+    least = MIN_BFLOAT16_ROWS if weight.dtype == jnp.bfloat16 else MIN_PRODUCT_ROWS
+    if count < least:
+        rows = pad_axis(rows, 0, least)
     if scale is None:
         y = lax.dot_general(
             rows.astype(weight.dtype),
