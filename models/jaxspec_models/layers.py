@@ -308,7 +308,6 @@ def compact(cache: KVCache, start: Array, path: Array) -> KVCache:
     Returns:
       The cache.
     """
-    size = path.shape[1]
     axes = KVCache(keys=3, values=2)  # type: ignore[arg-type]  # of the slots
 
     def of_all(function: Callable[..., Array], *trees: KVCache) -> KVCache:
@@ -320,10 +319,9 @@ def compact(cache: KVCache, start: Array, path: Array) -> KVCache:
         )
 
     def read(axis: int, buffer: Array) -> Array:
-        # All that moves lies in the P slots from `start` on: what is gathered is small.
+        # A path may lead beyond its own length: drafters cache only the nodes that have children.
         def read_row(row: Array, slot: Array, path: Array) -> Array:
-            nodes = lax.dynamic_slice_in_dim(row, slot, size, axis - 1)
-            return jnp.take(nodes, path, axis=axis - 1, mode="clip")
+            return jnp.take(row, slot + path, axis=axis - 1, mode="clip")
 
         if buffer.shape[0] == 1:  # as in `write_slots`
             return read_row(buffer[0], start[0], path[0])[None]
@@ -331,7 +329,7 @@ def compact(cache: KVCache, start: Array, path: Array) -> KVCache:
 
     # Two loops of one trip, or of none where nothing moves. Fused, reading and writing would be one
     # pass over the buffer, which is unsafe in place: the CPU backend would copy the whole of it.
-    moves = jnp.any(path != jnp.arange(size)[None]).astype(jnp.int32)
+    moves = jnp.any(path != jnp.arange(path.shape[1])[None]).astype(jnp.int32)
     shapes = jax.eval_shape(functools.partial(of_all, read), cache)
     moved = lax.fori_loop(
         0,

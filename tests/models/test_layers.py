@@ -142,3 +142,19 @@ def test_an_accepted_path_is_moved_without_copying_the_cache():
          "return (lambda f, cache: f(0, cache))(\n        lambda _, cache:"),
     )  # fmt: skip
     assert _cache_copies(fused) > 0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_path_may_lead_beyond_its_own_length(batch):
+    cache = layers.init_cache(
+        batch, 256, num_layers=1, num_kv_heads=2, head_dim=4, dtype=jnp.float32
+    )
+    slots = jnp.arange(256.0)
+    cache = layers.KVCache(
+        (cache.keys[0] + slots[None, None, None],), (cache.values[0] + slots[None, None, :, None],)
+    )
+    start = jnp.full((batch,), 10, jnp.int32)
+    moved = layers.compact(cache, start, jnp.tile(jnp.array([[1, 6]]), (batch, 1)))
+    expected = slots.at[jnp.array([10, 11])].set(jnp.array([11.0, 16.0]))
+    assert jnp.all(moved.keys[0] == expected[None, None, None])
+    assert jnp.all(moved.values[0] == expected[None, None, :, None])
