@@ -31,11 +31,12 @@ from jaxspec import trees, tuning
 SHIPPED = pathlib.Path(jaxspec_models.__file__).parent / "shipped" / "smollm2-135m"
 
 
-def foreseen(tree: trees.Topology, acceptance: Any, cost: jaxspec.Profile) -> tuple[float, float]:
+def foreseen(tree: trees.Topology, acceptance: Any, cost: tuning.RoundCosts) -> tuple[float, float]:
     """Tokens a step and times plain decoding, as the planner reckons."""
-    verify = np.asarray(cost.verify, np.float64)
+    own = cost.chains if tree.is_chain else cost.trees
+    verify = np.asarray(own.verify, np.float64)
     tokens = 1 + trees.expected_accepted(tree, acceptance)
-    seconds = verify[tree.num_nodes] + tree.depth * float(cost.draft)
+    seconds = verify[tree.num_nodes] + tree.depth * float(own.draft)
     return tokens, tokens * float(verify[0]) / seconds
 
 
@@ -107,10 +108,15 @@ def measure(
     topologies = shapes(acceptance, args)
     sizes = {tree.num_nodes: tree for tree in topologies.values()}
     cost = tuning.measure_tree_costs(
-        model, trained, [sizes[size] for size in sorted(sizes)], context_length=256, **sampling
+        model,
+        trained,
+        [sizes[size] for size in sorted(sizes)],
+        chains=args.chains,
+        context_length=256,
+        **sampling,
     )
     jax.clear_caches()
-    chosen = trees.plan(acceptance, cost).tree
+    chosen = trees.plan(acceptance, cost.trees, chain_cost=cost.chains).tree
     if chosen is not None and chosen not in topologies.values():
         topologies[f"planned, {chosen.num_nodes}"] = chosen
 
@@ -134,19 +140,23 @@ def measure(
         model, prompts, contestants, max_new_tokens=args.max_new_tokens, rounds=args.rounds
     )
 
-    seconds = np.asarray(cost.verify, np.float64)
+    seconds = np.asarray(cost.trees.verify, np.float64)
     categories = list(dict.fromkeys(prompt["category"] for prompt in prompts))
     plain = contest.tokens_per_second(answers["plain"])
     found: dict[str, Any] = {
         "acceptance": acceptance,
         "rounds_in_plain_steps": (seconds / seconds[0]).tolist(),
-        "level_in_plain_steps": float(cost.draft) / seconds[0],
+        "level_in_plain_steps": float(cost.trees.draft) / seconds[0],
+        "chains_in_plain_steps": (np.asarray(cost.chains.verify) / seconds[0]).tolist(),
         "plain_tokens_per_second": plain,
         "contestants": {},
     }
     print(f"\ntemperature {temperature:g}, at most {args.max_new_tokens} new tokens, batch 1")
     print(f"plain: {plain:.1f} tokens/s; a level drafted: {found['level_in_plain_steps']:.3f}")
     print("rounds, plain steps: " + " ".join(f"{x:.2f}" for x in found["rounds_in_plain_steps"]))
+    print(
+        "chains, drafts included: " + " ".join(f"{x:.2f}" for x in found["chains_in_plain_steps"])
+    )
     for depth, shares in enumerate(acceptance):
         print(f"accepted at depth {depth + 1}: " + " ".join(f"{share:.3f}" for share in shares))
     for name, rounds in answers.items():

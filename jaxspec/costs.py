@@ -60,6 +60,11 @@ class _Insistent:
         return state if self.drafter is None else self.drafter.commit(state, outcome)
 
 
+def insistent(drafter: Drafter | None) -> _Insistent:
+    """A drafter that drafts as much as it is asked for, whatever `drafter` finds."""
+    return _Insistent(drafter)
+
+
 def measure_costs(
     target: LanguageModel,
     drafter: Drafter | str | None = None,

@@ -363,6 +363,7 @@ def plan(
     acceptance: Sequence[float] | Sequence[Sequence[float]],
     cost: Profile,
     *,
+    chain_cost: Profile | None = None,
     max_depth: int | None = None,
 ) -> Plan:
     """The tree, a chain or none included, that promises most tokens per second.
@@ -373,6 +374,8 @@ def plan(
     Args:
       acceptance: as for `sequoia`; measured.
       cost: measured; `verify` up to as many nodes as may be drafted, `draft` for one level.
+      chain_cost: the same of chains, which run without masks and compaction; longer ones are left
+        out. None: they cost what trees of their sizes do.
       max_depth: the deepest that the drafter drafts; None: no limit.
 
     Returns:
@@ -394,13 +397,22 @@ def plan(
       >>> plan([0.05], cost).tree is None
       True
     """
-    verify = [float(x) for x in cost.verify]
-    level, overhead = float(cost.draft), float(cost.overhead)
-    plain = verify[0] + overhead
+    shapes = [
+        sequoia(acceptance, size, depth)
+        for size in range(1, len(cost.verify))
+        for depth in range(1, min(size, max_depth or size) + 1)
+    ]
+    candidates = [(cost, shapes)]
+    if chain_cost is not None:
+        longest = len(chain_cost.verify) - 1
+        chains = [chain(length) for length in range(1, min(longest, max_depth or longest) + 1)]
+        candidates = [(chain_cost, chains), (cost, [tree for tree in shapes if not tree.is_chain])]
+    plain = float(cost.verify[0]) + float(cost.overhead)
     best = Plan(None, 0.0, 1.0)
-    for size in range(1, len(verify)):
-        for depth in range(1, min(size, max_depth or size) + 1):
-            tree = sequoia(acceptance, size, depth)
+    for own, its_shapes in candidates:
+        verify = [float(x) for x in own.verify]
+        level, overhead = float(own.draft), float(own.overhead)
+        for tree in its_shapes:
             accepted = expected_accepted(tree, acceptance)
             seconds = verify[tree.num_nodes] + tree.depth * level + overhead
             speedup = (1 + accepted) * plain / seconds

@@ -16,7 +16,7 @@ from jaxspec.generate import generate, prefill, run
 from jaxspec.profile import Profile
 from jaxspec.sampling import Sampling
 from jaxspec.settings import Settings
-from jaxspec.types import Context, Draft, Drafter, LanguageModel, Outcome, Signals
+from jaxspec.types import Context, Draft, LanguageModel, Outcome, Signals
 
 Array: TypeAlias = jax.Array
 
@@ -241,25 +241,40 @@ class _Idle:
         return state
 
 
+class RoundCosts(NamedTuple):
+    """What rounds cost, in seconds. Chains run without masks and compaction, at less than trees.
+
+    Attributes:
+      trees: by nodes: `draft` a level of drafting, `verify` what else a round takes.
+      chains: by drafts: `verify` all that a round takes, drafting included; `draft` 0.
+    """
+
+    trees: Profile
+    chains: Profile
+
+
 def measure_tree_costs(
     target: LanguageModel,
     drafter: Growing,
     topologies: Sequence[trees.Topology],
     *,
+    chains: Sequence[int] = (1, 2),
     batch: int = 1,
     context_length: int = 128,
     sampling: Sampling = _GREEDY,
     num_rounds: int = 16,
     repeats: int = 5,
-) -> Profile:
-    """Times rounds over trees, with the drafter and without, and plain decoding, in alternation.
+) -> RoundCosts:
+    """Times rounds over trees, with the drafter and without, over chains, and plain decoding.
 
-    Every tree is two programs to compile. Nothing else should keep the machine busy meanwhile.
+    In alternation. Every tree is two programs to compile, every chain one. Nothing else should keep
+    the machine busy meanwhile.
 
     Args:
       target: the model that verifies.
-      drafter: one with `in_tree`.
+      drafter: one with `in_tree`, which drafts chains itself.
       topologies: trees of different sizes; the costs of sizes between them are interpolated.
+      chains: their lengths; the costs of lengths between them are interpolated.
       batch: B, rows.
       context_length: tokens of each row's prompt.
       sampling: the options.
@@ -267,25 +282,28 @@ def measure_tree_costs(
       repeats: timings of each part; medians count.
 
     Returns:
-      A `Profile` in seconds, of up to as many nodes as the largest tree has: `draft` a level of
-      drafting, `verify` what else a round takes; no overhead, which `verify` includes.
+      `RoundCosts` of up to as many nodes as the largest tree has, and as many drafts as the longest
+      chain; no overhead, which `verify` includes.
 
     Raises:
       ValueError: as `jaxspec.generate`.
     """
 
-    def rounds(own: Drafter | None) -> Callable[[], float]:
-        most = num_rounds * (getattr(own, "num_nodes", 0) + 1) + 1
+    def rounds(own: Any, num_drafts: int, *, insists: bool = False) -> Callable[[], float]:
+        most = num_rounds * (num_drafts + 1) + 1
         prepared = arguments.prepare(
             target,
             [[0] * context_length] * batch,
             drafter=own,
+            num_draft_tokens=num_drafts,
             sampling=sampling,
             max_new_tokens=most,
             eos_ids=(),
             key=jax.random.key(0),
         )
         engine, request = prepared.engine, prepared.request
+        if insists:
+            engine = engine.replace(drafter=costs.insistent(engine.drafter))
 
         @functools.cache
         def prefilled() -> Any:
@@ -297,20 +315,29 @@ def measure_tree_costs(
 
         return seconds
 
-    parts: dict[Any, Callable[[], float]] = {"plain": rounds(None)}
+    parts: dict[Any, Callable[[], float]] = {"plain": rounds(None, 0)}
     for tree in topologies:
         own = drafter.in_tree(tree)
-        parts["drafted", tree] = rounds(own)
-        parts["idle", tree] = rounds(_Idle(tree, own.children, target.vocab_size))
+        idle = _Idle(tree, own.children, target.vocab_size)
+        parts["drafted", tree] = rounds(own, tree.num_nodes)
+        parts["idle", tree] = rounds(idle, tree.num_nodes)
+    parts |= {("chain", length): rounds(drafter, length, insists=True) for length in chains}
     found = costs.typical_times(parts, repeats, reference="plain")
     once, level = _drafting_costs(
         [tree.depth for tree in topologies],
         [found["drafted", tree] - found["idle", tree] for tree in topologies],
     )
-    sizes = [0, *(tree.num_nodes for tree in topologies)]
-    times = [found["plain"], *(found["idle", tree] + once for tree in topologies)]
-    verify = np.interp(np.arange(max(sizes) + 1), sizes, times)
-    rising = np.maximum.accumulate(verify)  # noise must not make more nodes cheaper
+    plain = found["plain"]
+    of_trees = {tree.num_nodes: found["idle", tree] + once for tree in topologies}
+    of_chains = {length: found["chain", length] for length in chains}
+    return RoundCosts(_profile(plain, of_trees, level), _profile(plain, of_chains, 0.0))
+
+
+def _profile(plain: float, seconds: dict[int, float], level: float) -> Profile:
+    """Of rounds over some numbers of drafts; those between are interpolated."""
+    sizes, times = zip(*sorted({0: plain, **seconds}.items()), strict=True)
+    verify = np.interp(np.arange(sizes[-1] + 1), sizes, times)
+    rising = np.maximum.accumulate(verify)  # noise must not make more drafts cheaper
     return Profile(*(jnp.asarray(x, jnp.float32) for x in (rising, level, 0.0)))
 
 
@@ -348,7 +375,8 @@ def tune_tree(
       target: the model that verifies.
       drafter: one with `in_tree`.
       prompts: as in `jaxspec.generate`, such as will be written behind.
-      sizes: of the trees whose costs are measured, rising; up to the last one trees are considered.
+      sizes: of the trees and chains whose costs are measured, rising; up to the last one they are
+        considered.
       sampling: the options.
       max_new_tokens: written behind each prompt, to measure acceptance.
       repeats: timings of each cost.
@@ -369,12 +397,20 @@ def tune_tree(
     topologies = list(
         dict.fromkeys(trees.sequoia(acceptance, size, max_depth) for size in sizes)
     )  # where no child has a chance, larger ones are the same
-    cost = measure_tree_costs(target, drafter, topologies, sampling=sampling, repeats=repeats)
-    best = trees.plan(acceptance, cost, max_depth=max_depth)
+    cost = measure_tree_costs(
+        target,
+        drafter,
+        topologies,
+        chains=[size for size in sizes if size <= (max_depth or size)] or [1],
+        sampling=sampling,
+        repeats=repeats,
+    )
+    best = trees.plan(acceptance, cost.trees, chain_cost=cost.chains, max_depth=max_depth)
     measured = {
         "acceptance_by_depth": [[round(share, 4) for share in shares] for shares in acceptance],
-        "seconds_of_a_round_by_nodes": [round(float(x), 6) for x in cost.verify],
-        "seconds_of_a_drafted_level": round(float(cost.draft), 6),
+        "seconds_of_a_round_by_nodes": [round(float(x), 6) for x in cost.trees.verify],
+        "seconds_of_a_drafted_level": round(float(cost.trees.draft), 6),
+        "seconds_of_a_round_by_length_of_chain": [round(float(x), 6) for x in cost.chains.verify],
         "predicted_tokens_per_step": round(1 + best.expected_accepted, 3),
         "predicted_speedup": round(best.speedup, 3),
     }

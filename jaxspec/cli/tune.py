@@ -73,11 +73,14 @@ def _summary(settings: jaxspec.Settings) -> str:
     found = settings.measured
     first = ", ".join(f"{share:.2f}" for share in found["acceptance_by_depth"][0])
     seconds = found["seconds_of_a_round_by_nodes"]
+    chains = found["seconds_of_a_round_by_length_of_chain"]
     lines = [
         f"first drafts accepted, by rank: {first}",
         "a round over n drafts, in plain steps: "
         + ", ".join(f"{n}: {x / seconds[0]:.2f}" for n, x in enumerate(seconds)),
         f"drafting one level: {found['seconds_of_a_drafted_level'] / seconds[0]:.2f}",
+        "a round over a chain of n, drafting included: "
+        + ", ".join(f"{n}: {x / chains[0]:.2f}" for n, x in enumerate(chains)),
     ]
     if settings.num_draft_tokens == 0:
         lines.append("fastest: plain decoding")

@@ -117,6 +117,25 @@ def test_the_plan_is_the_best_of_all_trees(verify, level, acceptance):
     assert (ours.tree is None) == (ours.speedup == 1.0)
 
 
+@pytest.mark.parametrize("per_draft", [0.1, 0.3, 2.0])
+def test_chains_are_planned_at_their_own_cost(per_draft):
+    """Of chains up to the longest that was timed, and trees that are none, the best."""
+    acceptance, verify = [0.6, 0.2, 0.1], [1, 1.1, 1.2, 1.3, 1.4, 1.5]
+    cost = Profile(jnp.array(verify, float), jnp.float32(0.1), jnp.float32(0.0))
+    of_chains = Profile(1 + per_draft * jnp.arange(4.0), jnp.float32(0), jnp.float32(0))
+    ours = trees.plan(acceptance, cost, chain_cost=of_chains)
+    seconds = {trees.chain(n): 1 + n * per_draft for n in range(1, 4)}
+    for size in range(2, len(verify)):
+        for tree in all_trees(size, acceptance):
+            if not tree.is_chain:
+                seconds[tree] = verify[size] + tree.depth * 0.1
+    speeds = {t: (1 + trees.expected_accepted(t, acceptance)) / x for t, x in seconds.items()}
+    assert ours.speedup == pytest.approx(max(1.0, *speeds.values()))
+    assert ours.tree is None or speeds[ours.tree] == pytest.approx(ours.speedup)
+    kept = trees.plan(acceptance, cost, chain_cost=of_chains, max_depth=1)
+    assert kept.tree is None or kept.tree.depth == 1
+
+
 def test_a_plan_keeps_to_a_depth():
     cost = Profile(jnp.ones(7), jnp.float32(0), jnp.float32(0))
     assert trees.plan([0.9, 0.05], cost).tree == trees.chain(6)

@@ -177,23 +177,48 @@ def test_what_drafting_costs_once_and_for_each_level(depths, seconds, found):
 
 
 def test_costs_are_of_rounds_and_levels(monkeypatch):
-    """Timings that are known: a plain round 1, a node 0.1 more, drafts 0.5, a level 0.25 more."""
+    """Timings that are known: a plain round 1, a node 0.1 more, drafts 0.5, a level 0.25 more; a
+    draft of a chain 0.2."""
     topologies = [trees.chain(1), trees.comb((2, 2))]
 
     def typical_times(parts, repeats, reference):
         assert reference == "plain"
         times = {"plain": 1.0}
         for kind, tree in (name for name in parts if name != "plain"):
+            if kind == "chain":
+                times[kind, tree] = 1 + 0.2 * tree
+                continue
             times[kind, tree] = 1 + 0.1 * tree.num_nodes
             times[kind, tree] += (0.5 + 0.25 * tree.depth) * (kind == "drafted")
         assert all(part() > 0 for part in parts.values())  # and they run
         return times
 
     monkeypatch.setattr(tuning.costs, "typical_times", typical_times)
-    cost = tuning.measure_tree_costs(TARGET, drafters.model(DRAFT), topologies, num_rounds=2)
-    np.testing.assert_allclose(cost.verify, [1.0, 1.6, 1.7, 1.8, 1.9], rtol=1e-6)
-    assert float(cost.draft) == pytest.approx(0.25)
-    assert float(cost.overhead) == 0.0
+    cost = tuning.measure_tree_costs(
+        TARGET, drafters.model(DRAFT), topologies, chains=[1, 3], num_rounds=2
+    )
+    np.testing.assert_allclose(cost.trees.verify, [1.0, 1.6, 1.7, 1.8, 1.9], rtol=1e-6)
+    assert float(cost.trees.draft) == pytest.approx(0.25)
+    np.testing.assert_allclose(cost.chains.verify, [1.0, 1.2, 1.4, 1.6], rtol=1e-6)
+    assert [float(x) for x in (cost.chains.draft, *(c.overhead for c in cost))] == [0.0] * 3
+
+
+def test_chains_draft_as_many_as_are_timed(monkeypatch):
+    """Also where the drafter found nothing: the prompts of the timing are all alike."""
+    seen = []
+
+    def run(engine, request, state, num_rounds):
+        before = int(state.stats.num_draft_tokens[0])
+        state = tuning_run(engine, request, state, num_rounds)
+        seen.append(int(state.stats.num_draft_tokens[0]) - before)
+        return state
+
+    tuning_run = tuning.run
+    monkeypatch.setattr(tuning, "run", run)
+    tuning.measure_tree_costs(
+        TARGET, drafters.prompt_lookup(), [trees.chain(1)], chains=[2, 3], num_rounds=5, repeats=1
+    )
+    assert seen[-2:] == [10, 15]
 
 
 def test_the_choice_is_that_of_the_plan():
@@ -202,12 +227,14 @@ def test_the_choice_is_that_of_the_plan():
         TARGET, drafter, PROMPTS, sizes=(1, 3), repeats=1, key=jax.random.key(0)
     )
     measured = json.loads(found.to_json())["measured"]
-    cost = jaxspec.Profile(
-        jnp.array(measured["seconds_of_a_round_by_nodes"]),
-        jnp.float32(measured["seconds_of_a_drafted_level"]),
-        jnp.float32(0.0),
+    cost, chain_cost = (
+        jaxspec.Profile(jnp.array(measured[name]), jnp.float32(level), jnp.float32(0.0))
+        for name, level in (
+            ("seconds_of_a_round_by_nodes", measured["seconds_of_a_drafted_level"]),
+            ("seconds_of_a_round_by_length_of_chain", 0.0),
+        )
     )
-    best = trees.plan(measured["acceptance_by_depth"], cost)
+    best = trees.plan(measured["acceptance_by_depth"], cost, chain_cost=chain_cost)
     nodes = 0 if best.tree is None else best.tree.num_nodes
     assert found.num_draft_tokens == nodes
     assert (found.tree is None) == (best.tree is None or best.tree.is_chain)
