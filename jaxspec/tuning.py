@@ -245,7 +245,8 @@ class RoundCosts(NamedTuple):
     """What rounds cost, in seconds. Chains run without masks and compaction, at less than trees.
 
     Attributes:
-      trees: by nodes: `draft` a level of drafting, `verify` what else a round takes.
+      trees: by nodes: `draft` a level of drafting, `verify` what else a round takes; together, for
+        the trees that were timed, what their rounds took.
       chains: by drafts: `verify` all that a round takes, drafting included; `draft` 0.
     """
 
@@ -263,7 +264,7 @@ def measure_tree_costs(
     context_length: int = 128,
     sampling: Sampling = _GREEDY,
     num_rounds: int = 16,
-    repeats: int = 5,
+    repeats: int = 15,
 ) -> RoundCosts:
     """Times rounds over trees, with the drafter and without, over chains, and plain decoding.
 
@@ -323,12 +324,14 @@ def measure_tree_costs(
         parts["idle", tree] = rounds(idle, tree.num_nodes)
     parts |= {("chain", length): rounds(drafter, length, insists=True) for length in chains}
     found = costs.typical_times(parts, repeats, reference="plain")
-    once, level = _drafting_costs(
+    level = _level_cost(
         [tree.depth for tree in topologies],
         [found["drafted", tree] - found["idle", tree] for tree in topologies],
     )
     plain = found["plain"]
-    of_trees = {tree.num_nodes: found["idle", tree] + once for tree in topologies}
+    # So that what was timed is foreseen as it was timed: what drafting costs once a round, and for
+    # each node (children are drawn one by one), stands here.
+    of_trees = {t.num_nodes: found["drafted", t] - level * t.depth for t in topologies}
     of_chains = {length: found["chain", length] for length in chains}
     return RoundCosts(_profile(plain, of_trees, level), _profile(plain, of_chains, 0.0))
 
@@ -341,21 +344,20 @@ def _profile(plain: float, seconds: dict[int, float], level: float) -> Profile:
     return Profile(*(jnp.asarray(x, jnp.float32) for x in (rising, level, 0.0)))
 
 
-def _drafting_costs(depths: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """What drafting takes in a round, whatever the depth, and for each level; at least 0.
+def _level_cost(depths: Sequence[int], seconds: Sequence[float]) -> float:
+    """What drafting takes for each level, by what it takes in trees of some depths; at least 0.
 
-    A drafter does something once a round as well: an EAGLE drafter takes in the target's states.
-    Taken for a part of the levels, that would make shallow trees too cheap.
+    Not what it takes once a round, whatever the depth (an EAGLE drafter takes in the target's
+    states): for a part of the levels, that would make shallow trees too cheap.
     """
     deviations = np.asarray(depths) - np.mean(depths)
     if not np.any(deviations):  # one depth tells them not apart
-        return 0.0, max(0.0, statistics.median(s / d for s, d in zip(seconds, depths, strict=True)))
-    # The least squares of a line; where it would be below zero at one end, a line without that.
+        return max(0.0, statistics.median(s / d for s, d in zip(seconds, depths, strict=True)))
+    # The least squares of a line; where it would be below zero at no level, a line without that.
     level = float(np.dot(deviations, seconds) / np.dot(deviations, deviations))
-    once = float(np.mean(seconds) - level * np.mean(depths))
-    if once < 0:
-        return 0.0, max(0.0, float(np.dot(depths, seconds) / np.dot(depths, depths)))
-    return (once, level) if level >= 0 else (max(0.0, float(np.mean(seconds))), 0.0)
+    if np.mean(seconds) < level * np.mean(depths):
+        level = float(np.dot(depths, seconds) / np.dot(depths, depths))
+    return max(0.0, level)
 
 
 def tune_tree(
@@ -366,7 +368,7 @@ def tune_tree(
     sizes: Sequence[int] = SIZES,
     sampling: Sampling = _GREEDY,
     max_new_tokens: int = 64,
-    repeats: int = 5,
+    repeats: int = 15,
     key: Array | None = None,
 ) -> Settings:
     """Finds how much to draft, and in what shape, for one text at a time on this machine.

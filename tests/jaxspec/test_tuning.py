@@ -165,40 +165,40 @@ def test_shares_lean_on_the_level_above_where_little_was_seen():
 @pytest.mark.parametrize(
     ("depths", "seconds", "found"),
     [
-        ([1, 2, 4], [0.5, 0.7, 1.1], (0.3, 0.2)),
-        ([3, 3], [0.6, 0.9], (0.0, 0.25)),  # one depth
-        ([1, 2], [0.1, 0.4], (0.0, 0.18)),  # not below zero at no level
-        ([1, 2], [0.4, 0.2], (0.3, 0.0)),  # nor a level
-        ([1, 2], [-0.4, -0.2], (0.0, 0.0)),
+        ([1, 2, 4], [0.5, 0.7, 1.1], 0.2),  # beside 0.3 once
+        ([3, 3], [0.6, 0.9], 0.25),  # one depth
+        ([1, 2], [0.1, 0.4], 0.18),  # not below zero at no level
+        ([1, 2], [0.4, 0.2], 0.0),  # nor a level
+        ([1, 2], [-0.4, -0.2], 0.0),
     ],
 )
-def test_what_drafting_costs_once_and_for_each_level(depths, seconds, found):
-    assert tuning._drafting_costs(depths, seconds) == pytest.approx(found, abs=1e-12)
+def test_what_drafting_costs_for_each_level(depths, seconds, found):
+    assert tuning._level_cost(depths, seconds) == pytest.approx(found, abs=1e-12)
 
 
 def test_costs_are_of_rounds_and_levels(monkeypatch):
-    """Timings that are known: a plain round 1, a node 0.1 more, drafts 0.5, a level 0.25 more; a
-    draft of a chain 0.2."""
-    topologies = [trees.chain(1), trees.comb((2, 2))]
+    """Timings that are known: a plain round 1, a node 0.1 more, drafts 0.5, a level 0.25 more, and
+    drafts of the largest tree another 0.3; a draft of a chain 0.2."""
+    topologies = [trees.chain(1), trees.comb((2, 2)), trees.kary((2, 2))]
+    drafting = [0.75, 1.0, 1.3]
 
     def typical_times(parts, repeats, reference):
         assert reference == "plain"
-        times = {"plain": 1.0}
-        for kind, tree in (name for name in parts if name != "plain"):
-            if kind == "chain":
-                times[kind, tree] = 1 + 0.2 * tree
-                continue
-            times[kind, tree] = 1 + 0.1 * tree.num_nodes
-            times[kind, tree] += (0.5 + 0.25 * tree.depth) * (kind == "drafted")
-        assert all(part() > 0 for part in parts.values())  # and they run
+        assert all(part() > 0 for part in parts.values())  # they run
+        times = {"plain": 1.0, ("chain", 1): 1.2, ("chain", 3): 1.6}
+        for tree, own in zip(topologies, drafting, strict=True):
+            times["idle", tree] = 1 + 0.1 * tree.num_nodes
+            times["drafted", tree] = times["idle", tree] + own
+        assert times.keys() == parts.keys()
         return times
 
     monkeypatch.setattr(tuning.costs, "typical_times", typical_times)
     cost = tuning.measure_tree_costs(
         TARGET, drafters.model(DRAFT), topologies, chains=[1, 3], num_rounds=2
     )
-    np.testing.assert_allclose(cost.trees.verify, [1.0, 1.6, 1.7, 1.8, 1.9], rtol=1e-6)
-    assert float(cost.trees.draft) == pytest.approx(0.25)
+    # The line through (1, 0.75), (2, 1.0), (2, 1.3) rises by 0.4; what was timed is met exactly.
+    np.testing.assert_allclose(cost.trees.verify, [1.0, 1.45, 1.5, 1.55, 1.6, 1.85, 2.1], rtol=1e-6)
+    assert float(cost.trees.draft) == pytest.approx(0.4)
     np.testing.assert_allclose(cost.chains.verify, [1.0, 1.2, 1.4, 1.6], rtol=1e-6)
     assert [float(x) for x in (cost.chains.draft, *(c.overhead for c in cost))] == [0.0] * 3
 
