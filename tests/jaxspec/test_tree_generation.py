@@ -85,6 +85,13 @@ def test_a_chain_of_matches_is_the_lookup_of_chains():
             assert tokens.tolist() == chain.tolist()
 
 
+def test_recycling_remembers_in_four_megabytes_at_most():
+    """A row, of 49,152 tokens."""
+    drafter = drafters.token_recycling(49_152)
+    state = jax.eval_shape(lambda: drafter.init(1, 512))
+    assert 1e6 < sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) < 4e6
+
+
 def test_recycling_remembers_what_the_target_found_likely():
     drafter = drafters.token_recycling(VOCAB, tree=trees.kary((2, 2)), num_successors=3)
     options = {"sampling": GREEDY, "eos_ids": (), "max_new_tokens": 40}
