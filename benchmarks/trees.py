@@ -26,14 +26,15 @@ from compare import read_prompts
 
 import jaxspec
 import jaxspec_models
-from jaxspec import trees, tuning
+from jaxspec import costs, trees, tuning
 
 SHIPPED = pathlib.Path(jaxspec_models.__file__).parent / "shipped" / "smollm2-135m"
 
 
-def foreseen(tree: trees.Topology, acceptance: Any, cost: tuning.RoundCosts) -> tuple[float, float]:
+def foreseen(tree: trees.Topology, acceptance: Any, cost: costs.RoundCosts) -> tuple[float, float]:
     """Tokens a step and times plain decoding, as the planner reckons."""
-    own = cost.chains if tree.is_chain else cost.trees
+    is_timed = tree.is_chain and tree.num_nodes < len(cost.chains.verify)
+    own = cost.chains if is_timed else cost.trees
     verify = np.asarray(own.verify, np.float64)
     tokens = 1 + trees.expected_accepted(tree, acceptance)
     seconds = verify[tree.num_nodes] + tree.depth * float(own.draft)
@@ -107,11 +108,11 @@ def measure(
     )
     topologies = shapes(acceptance, args)
     sizes = {tree.num_nodes: tree for tree in topologies.values()}
-    cost = tuning.measure_tree_costs(
+    cost = costs.measure_tree_costs(
         model,
         trained,
         [sizes[size] for size in sorted(sizes)],
-        chains=args.chains,
+        args.chains,
         context_length=256,
         **sampling,
     )

@@ -1,19 +1,16 @@
-"""Finding the tree that is fastest: how often each child is accepted, and what a round costs."""
+"""Finding what is fastest, tree or chain: how often each child is accepted, and the choice."""
 
 from __future__ import annotations
 
-import functools
-import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import arguments, costs, pytree, trees
-from jaxspec.generate import generate, prefill, run
-from jaxspec.profile import Profile
+from jaxspec import costs, pytree, trees
+from jaxspec.generate import generate
 from jaxspec.sampling import Sampling
 from jaxspec.settings import Settings
 from jaxspec.types import Context, Draft, LanguageModel, Outcome, Signals
@@ -26,15 +23,7 @@ _MOST_PROBED, _DEEPEST = 24, 6
 _WEIGHT = 8.0
 """Of the level above, in nodes, where a level's acceptance is estimated: few rounds get deep."""
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Of the trees that are timed."""
-
-
-class Growing(Protocol):
-    """A drafter that can draft any tree."""
-
-    def in_tree(self, tree: trees.Topology) -> Any:
-        """A drafter of that tree."""
-        ...
+"""Of the trees and chains that are timed."""
 
 
 class _Counts(NamedTuple):
@@ -116,7 +105,7 @@ class _Counting:
 
 def measure_acceptance(
     target: LanguageModel,
-    drafter: Growing,
+    drafter: costs.Growing,
     prompts: Any,
     *,
     probe: trees.Topology | None = None,
@@ -201,168 +190,9 @@ def _shares(probe: trees.Topology, accepted: np.ndarray, num_rounds: int) -> lis
     return found
 
 
-@pytree.dataclass
-class _Idle:
-    """Drafts a tree of zeros, at no cost."""
-
-    tree: trees.Topology = pytree.static()
-    children: str = pytree.static()
-    vocab_size: int = pytree.static()
-
-    hidden_layers = ()
-
-    @property
-    def num_nodes(self) -> int:
-        return self.tree.num_nodes
-
-    def init(self, batch: int, capacity: int) -> tuple[()]:
-        return ()
-
-    def prefill(
-        self, state: Any, tokens: Array, hidden: tuple[Array, ...], start: Array, num_new: Array
-    ) -> Any:
-        return state
-
-    def propose(
-        self,
-        keys: Array,
-        state: Any,
-        context: Context,
-        num_draft: Array,
-        keep_drafting: Callable[[Signals], Array],
-    ) -> tuple[Draft, Any]:
-        log_probs = None
-        if self.children != "top_k" and not context.sampling.is_greedy:
-            log_probs = jnp.full((*keys.shape, self.vocab_size), -np.log(self.vocab_size))
-        parents = jnp.tile(jnp.asarray(self.tree.parents, jnp.int32)[None], (keys.shape[0], 1))
-        return Draft(jnp.zeros(keys.shape, jnp.int32), log_probs, num_draft, parents), state
-
-    def commit(self, state: Any, outcome: Outcome) -> Any:
-        return state
-
-
-class RoundCosts(NamedTuple):
-    """What rounds cost, in seconds. Chains run without masks and compaction, at less than trees.
-
-    Attributes:
-      trees: by nodes: `draft` a level of drafting, `verify` what else a round takes; together, for
-        the trees that were timed, what their rounds took.
-      chains: by drafts: `verify` all that a round takes, drafting included; `draft` 0.
-    """
-
-    trees: Profile
-    chains: Profile
-
-
-def measure_tree_costs(
-    target: LanguageModel,
-    drafter: Growing,
-    topologies: Sequence[trees.Topology],
-    *,
-    chains: Sequence[int] = (1, 2),
-    batch: int = 1,
-    context_length: int = 128,
-    sampling: Sampling = _GREEDY,
-    num_rounds: int = 16,
-    repeats: int = 15,
-) -> RoundCosts:
-    """Times rounds over trees, with the drafter and without, over chains, and plain decoding.
-
-    In alternation. Every tree is two programs to compile, every chain one. Nothing else should keep
-    the machine busy meanwhile.
-
-    Args:
-      target: the model that verifies.
-      drafter: one with `in_tree`, which drafts chains itself.
-      topologies: trees of different sizes; the costs of sizes between them are interpolated.
-      chains: their lengths; the costs of lengths between them are interpolated.
-      batch: B, rows.
-      context_length: tokens of each row's prompt.
-      sampling: the options.
-      num_rounds: rounds in one timing.
-      repeats: timings of each part; medians count.
-
-    Returns:
-      `RoundCosts` of up to as many nodes as the largest tree has, and as many drafts as the longest
-      chain; no overhead, which `verify` includes.
-
-    Raises:
-      ValueError: as `jaxspec.generate`.
-    """
-
-    def rounds(own: Any, num_drafts: int, *, insists: bool = False) -> Callable[[], float]:
-        most = num_rounds * (num_drafts + 1) + 1
-        prepared = arguments.prepare(
-            target,
-            [[0] * context_length] * batch,
-            drafter=own,
-            num_draft_tokens=num_drafts,
-            sampling=sampling,
-            max_new_tokens=most,
-            eos_ids=(),
-            key=jax.random.key(0),
-        )
-        engine, request = prepared.engine, prepared.request
-        if insists:
-            engine = engine.replace(drafter=costs.insistent(engine.drafter))
-
-        @functools.cache
-        def prefilled() -> Any:
-            return prefill(engine, request, prepared.prompts, max_new_tokens=most)
-
-        def seconds() -> float:
-            state = jax.block_until_ready(jax.tree.map(jnp.copy, prefilled()))
-            return costs.time_call(lambda: run(engine, request, state, num_rounds)) / num_rounds
-
-        return seconds
-
-    parts: dict[Any, Callable[[], float]] = {"plain": rounds(None, 0)}
-    for tree in topologies:
-        own = drafter.in_tree(tree)
-        idle = _Idle(tree, own.children, target.vocab_size)
-        parts["drafted", tree] = rounds(own, tree.num_nodes)
-        parts["idle", tree] = rounds(idle, tree.num_nodes)
-    parts |= {("chain", length): rounds(drafter, length, insists=True) for length in chains}
-    found = costs.typical_times(parts, repeats, reference="plain")
-    level = _level_cost(
-        [tree.depth for tree in topologies],
-        [found["drafted", tree] - found["idle", tree] for tree in topologies],
-    )
-    plain = found["plain"]
-    # So that what was timed is foreseen as it was timed: what drafting costs once a round, and for
-    # each node (children are drawn one by one), stands here.
-    of_trees = {t.num_nodes: found["drafted", t] - level * t.depth for t in topologies}
-    of_chains = {length: found["chain", length] for length in chains}
-    return RoundCosts(_profile(plain, of_trees, level), _profile(plain, of_chains, 0.0))
-
-
-def _profile(plain: float, seconds: dict[int, float], level: float) -> Profile:
-    """Of rounds over some numbers of drafts; those between are interpolated."""
-    sizes, times = zip(*sorted({0: plain, **seconds}.items()), strict=True)
-    verify = np.interp(np.arange(sizes[-1] + 1), sizes, times)
-    rising = np.maximum.accumulate(verify)  # noise must not make more drafts cheaper
-    return Profile(*(jnp.asarray(x, jnp.float32) for x in (rising, level, 0.0)))
-
-
-def _level_cost(depths: Sequence[int], seconds: Sequence[float]) -> float:
-    """What drafting takes for each level, by what it takes in trees of some depths; at least 0.
-
-    Not what it takes once a round, whatever the depth (an EAGLE drafter takes in the target's
-    states): for a part of the levels, that would make shallow trees too cheap.
-    """
-    deviations = np.asarray(depths) - np.mean(depths)
-    if not np.any(deviations):  # one depth tells them not apart
-        return max(0.0, statistics.median(s / d for s, d in zip(seconds, depths, strict=True)))
-    # The least squares of a line; where it would be below zero at no level, a line without that.
-    level = float(np.dot(deviations, seconds) / np.dot(deviations, deviations))
-    if np.mean(seconds) < level * np.mean(depths):
-        level = float(np.dot(depths, seconds) / np.dot(depths, depths))
-    return max(0.0, level)
-
-
 def tune_tree(
     target: LanguageModel,
-    drafter: Growing,
+    drafter: costs.Growing,
     prompts: Any,
     *,
     sizes: Sequence[int] = SIZES,
@@ -399,11 +229,11 @@ def tune_tree(
     topologies = list(
         dict.fromkeys(trees.sequoia(acceptance, size, max_depth) for size in sizes)
     )  # where no child has a chance, larger ones are the same
-    cost = measure_tree_costs(
+    cost = costs.measure_tree_costs(
         target,
         drafter,
         topologies,
-        chains=[size for size in sizes if size <= (max_depth or size)] or [1],
+        sorted({min(size, max_depth or size) for size in sizes}),
         sampling=sampling,
         repeats=repeats,
     )

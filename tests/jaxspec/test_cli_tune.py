@@ -43,6 +43,8 @@ def test_what_is_found_is_written_told_and_taken(models, prompts, tmp_path, caps
     assert f"Written to {out}" in told
     assert ("fastest: plain decoding" in told) == (found.num_draft_tokens == 0)
     assert len(found.measured["seconds_of_a_round_by_nodes"]) <= 3
+    assert len(found.measured["seconds_of_a_round_by_length_of_chain"]) == 3
+    assert "a round over a chain of n" in told
     assert all(0 <= p <= 1 for shares in found.measured["acceptance_by_depth"] for p in shares)
 
     ask = ["generate", *own, "--max-new-tokens", "12", "--prompt", "a goose", "--json"]

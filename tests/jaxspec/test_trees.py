@@ -117,10 +117,11 @@ def test_the_plan_is_the_best_of_all_trees(verify, level, acceptance):
     assert (ours.tree is None) == (ours.speedup == 1.0)
 
 
+@pytest.mark.parametrize("acceptance", [[0.6, 0.2, 0.1], [0.9, 0.02]])
 @pytest.mark.parametrize("per_draft", [0.1, 0.3, 2.0])
-def test_chains_are_planned_at_their_own_cost(per_draft):
+def test_chains_are_planned_at_their_own_cost(per_draft, acceptance):
     """Of chains up to the longest that was timed, and trees that are none, the best."""
-    acceptance, verify = [0.6, 0.2, 0.1], [1, 1.1, 1.2, 1.3, 1.4, 1.5]
+    verify = [1, 1.1, 1.2, 1.3, 1.4, 1.5]
     cost = Profile(jnp.array(verify, float), jnp.float32(0.1), jnp.float32(0.0))
     of_chains = Profile(1 + per_draft * jnp.arange(4.0), jnp.float32(0), jnp.float32(0))
     ours = trees.plan(acceptance, cost, chain_cost=of_chains)

@@ -9,7 +9,7 @@ import pytest
 from support.matrix import Unigram
 
 import jaxspec
-from jaxspec import Sampling, Settings, drafters, settings, trees, tuning
+from jaxspec import Sampling, Settings, costs, drafters, settings, trees, tuning
 from jaxspec.testing import random_logits, table_model
 
 VOCAB = 6
@@ -173,7 +173,7 @@ def test_shares_lean_on_the_level_above_where_little_was_seen():
     ],
 )
 def test_what_drafting_costs_for_each_level(depths, seconds, found):
-    assert tuning._level_cost(depths, seconds) == pytest.approx(found, abs=1e-12)
+    assert costs._level_cost(depths, seconds) == pytest.approx(found, abs=1e-12)
 
 
 def test_costs_are_of_rounds_and_levels(monkeypatch):
@@ -192,8 +192,8 @@ def test_costs_are_of_rounds_and_levels(monkeypatch):
         assert times.keys() == parts.keys()
         return times
 
-    monkeypatch.setattr(tuning.costs, "typical_times", typical_times)
-    cost = tuning.measure_tree_costs(
+    monkeypatch.setattr(costs, "typical_times", typical_times)
+    cost = costs.measure_tree_costs(
         TARGET, drafters.model(DRAFT), topologies, chains=[1, 3], num_rounds=2
     )
     # The line through (1, 0.75), (2, 1.0), (2, 1.3) rises by 0.4; what was timed is met exactly.
@@ -209,13 +209,13 @@ def test_chains_draft_as_many_as_are_timed(monkeypatch):
 
     def run(engine, request, state, num_rounds):
         before = int(state.stats.num_draft_tokens[0])
-        state = tuning_run(engine, request, state, num_rounds)
+        state = own_run(engine, request, state, num_rounds)
         seen.append(int(state.stats.num_draft_tokens[0]) - before)
         return state
 
-    tuning_run = tuning.run
-    monkeypatch.setattr(tuning, "run", run)
-    tuning.measure_tree_costs(
+    own_run = costs.run
+    monkeypatch.setattr(costs, "run", run)
+    costs.measure_tree_costs(
         TARGET, drafters.prompt_lookup(), [trees.chain(1)], chains=[2, 3], num_rounds=5, repeats=1
     )
     assert seen[-2:] == [10, 15]
