@@ -14,16 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import drafters, policies, prefilling, states, verifiers
+from jaxspec import drafters, prefilling, prompting, states, strategies
 from jaxspec.sampling import Sampling, resolve
 from jaxspec.sampling.options import id_lists
 from jaxspec.settings import Settings
-from jaxspec.settings import read as read_settings
 from jaxspec.types import Drafter, LanguageModel, Policy, Verifier
 
 Array: TypeAlias = jax.Array
-
-_SMALLEST_BUCKET = 32
 
 
 class Prepared(NamedTuple):
@@ -93,13 +90,15 @@ def prepare(
     if drafter == "auto":
         drafter = target.default_drafter or drafters.prompt_lookup()
     if settings is not None:
-        drafter, num_draft_tokens = _tuned(drafter, settings)
-    engine = _engine(target, drafter, verifier, policy, sampling, num_draft_tokens, outputs)
+        drafter, num_draft_tokens = strategies.tuned(drafter, settings)
+    engine = strategies.engine(
+        target, drafter, verifier, policy, sampling, num_draft_tokens, outputs
+    )
     if exact:
-        _check_exact(engine)
-    _check_count("num_return_sequences", num_return_sequences)
+        strategies.check_exact(engine)
+    strategies.check_count("num_return_sequences", num_return_sequences)
     if state is None:
-        tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, target.vocab_size)
+        tokens, lengths = prompting.read(prompts, prompt_lengths, pad_id, target.vocab_size)
         standing: Any = 0
     else:
         _check_continuation(state, engine, num_return_sequences)
@@ -204,7 +203,7 @@ def _following(
     batch = state.state.lengths.shape[0]
     if prompts is None:
         return np.zeros((batch, 0), np.int32), np.zeros((batch,), np.int32)
-    tokens, lengths = _prompts(prompts, prompt_lengths, pad_id, engine.target.vocab_size)
+    tokens, lengths = prompting.read(prompts, prompt_lengths, pad_id, engine.target.vocab_size)
     if tokens.shape[0] != batch:
         raise ValueError(
             f"the state has {batch} rows: pass as many prompts, the tokens that follow each text, "
@@ -232,9 +231,13 @@ def _resumed(prepared: Prepared, state: prefilling.Continuation, standing: Any) 
     num_slots, capacity = needed(longest)
     if num_slots > had or capacity > state.capacity:
         # Lengths of a power of two, so that a longer text rarely means a new program.
-        num_slots, capacity = needed(max(_SMALLEST_BUCKET, 1 << (longest - 1).bit_length()))
+        num_slots, capacity = needed(prompting.bucket(longest))
     num_slots, capacity = max(num_slots, had), max(capacity, state.capacity)
     return prepared._replace(capacity=capacity, resumption=(state, num_slots, capacity))
+
+
+# ---------------------------------------------------------------------------------------------
+# Limits, ends and randomness.
 
 
 def _most_new_tokens(max_new_tokens: Any) -> int:
@@ -245,7 +248,7 @@ def _most_new_tokens(max_new_tokens: Any) -> int:
             "integers or an array that is known before running."
         )
     if np.ndim(max_new_tokens) == 0:
-        _check_count("max_new_tokens", max_new_tokens)
+        strategies.check_count("max_new_tokens", max_new_tokens)
         return int(max_new_tokens)
     limits = np.asarray(max_new_tokens)
     if not np.issubdtype(limits.dtype, np.integer) or limits.size == 0 or limits.min() < 1:
@@ -253,276 +256,6 @@ def _most_new_tokens(max_new_tokens: Any) -> int:
             f"max_new_tokens must be integers of at least 1, one a row; got {max_new_tokens!r}."
         )
     return int(limits.max())
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a Python integer of at least 1, got {value!r}.")
-
-
-# ---------------------------------------------------------------------------------------------
-# Strategies.
-
-
-def _engine(
-    target: LanguageModel,
-    drafter: Drafter | str | None,
-    verifier: Verifier | None,
-    policy: Policy | None,
-    options: Sampling,
-    num_draft_tokens: int,
-    outputs: states.Outputs,
-) -> states.Engine:
-    if isinstance(drafter, LanguageModel):
-        raise ValueError("to draft with a model, pass drafter=jaxspec.drafters.model(lm).")
-    if isinstance(drafter, str) or not (drafter is None or isinstance(drafter, Drafter)):
-        raise ValueError(
-            "drafter must come from jaxspec.drafters or follow jaxspec.types.Drafter, or be "
-            f"'auto' or None; got {drafter!r}{_lacks(drafter, Drafter)}."
-        )
-    if drafter is None:
-        num_draft_tokens = 0
-    else:
-        _check_count("num_draft_tokens", num_draft_tokens)
-        size = getattr(drafter, "vocab_size", None)
-        if size is not None and size != target.vocab_size:
-            raise ValueError(
-                f"the drafter has {size} tokens and the target {target.vocab_size}; both must "
-                "use one vocabulary. Choose a draft model with the target's tokenizer."
-            )
-        if drafter.hidden_layers:
-            target.require(["hidden_layers"], "this drafter")
-        if hasattr(drafter, "num_nodes"):
-            target.require_trees("this drafter")
-            num_draft_tokens = drafter.num_nodes
-        _check_pytree(drafter)
-    check_type("verifier", verifier, Verifier, "jaxspec.verifiers")
-    check_type("policy", policy, Policy, "jaxspec.policies")
-    is_greedy = options.is_greedy or _is_all_zero(options.temperature)
-    if getattr(verifier, "needs_greedy_sampling", False) and not is_greedy:
-        raise ValueError(
-            "verifiers.greedy is exact at temperature 0 only; pass "
-            "sampling=Sampling(temperature=0) with a Python 0, not an array, or leave "
-            "verifier=None for the right rule."
-        )
-    rule = _strongest_rule(drafter, options) if verifier is None else verifier
-    _check_children(drafter, rule)
-    chosen: Policy = policies.fixed(num_draft_tokens) if policy is None else policy
-    kinds = (type(drafter), type(rule), type(chosen))
-    return states.Engine(target, drafter, rule, chosen, num_draft_tokens, outputs, kinds)
-
-
-def _tuned(drafter: Any, settings: Settings | str | os.PathLike[str]) -> tuple[Drafter | None, int]:
-    """The drafter as settings want it, and K."""
-    if not isinstance(settings, Settings):
-        if not isinstance(settings, (str, os.PathLike)):
-            raise ValueError(
-                "settings must be a jaxspec.Settings or a file of `jaxspec tune`, got "
-                f"{type(settings).__name__}."
-            )
-        settings = read_settings(settings)
-    if drafter is None:
-        raise ValueError("settings tell how to draft; pass a drafter, such as drafter='auto'.")
-    if settings.num_draft_tokens == 0:
-        return None, 1
-    if settings.tree is None:
-        return drafter, settings.num_draft_tokens
-    if not hasattr(drafter, "in_tree"):
-        raise ValueError(
-            f"the settings want a tree, and {type(drafter).__name__} has no in_tree(topology) that "
-            "makes a drafter of trees; run `jaxspec tune` with the drafter that is to be used."
-        )
-    return drafter.in_tree(settings.tree), settings.num_draft_tokens
-
-
-def _strongest_rule(drafter: Any, options: Sampling) -> Verifier:
-    """The lossless rule that accepts most of what a drafter drafts."""
-    if options.is_greedy:
-        return verifiers.greedy()
-    if not hasattr(drafter, "num_nodes"):
-        return verifiers.block()
-    if drafter.children == "top_k":
-        return verifiers.descent()
-    return verifiers.traversal(with_replacement=drafter.children == "independent")
-
-
-def _check_children(drafter: Any, rule: Verifier) -> None:
-    """Refuses a rule for trees that were made otherwise, which would change the output's law."""
-    if not hasattr(drafter, "num_nodes"):
-        return
-    children, takes = drafter.children, getattr(rule, "takes_children", ())
-    if children not in takes:
-        wanted = f"children found as {' or '.join(takes)}" if takes else "chains only"
-        raise ValueError(
-            f"the drafter drafts trees whose children are {children!r}, and {type(rule).__name__} "
-            f"is exact for {wanted}; leave verifier=None for the right rule."
-        )
-
-
-def _check_exact(engine: states.Engine) -> None:
-    name = type(engine.verifier).__name__
-    if engine.verifier.guarantee == "none":
-        raise ValueError(
-            f"{name} is a lossy rule: its texts have another distribution than the target's. Pass "
-            "exact=False to allow that, or verifier=None for the strongest exact rule."
-        )
-    for kind, strategy in (("drafter", engine.drafter), ("policy", engine.policy)):
-        if getattr(strategy, "is_anticipating", False):
-            raise ValueError(
-                f"the {kind} {type(strategy).__name__} drops drafted tokens for their own value, "
-                "which changes the output's distribution whatever the rule (arXiv 2211.17192 "
-                "needs draft lengths that do not look ahead). Decide before a token is drawn "
-                "(`Policy.keep_drafting`), or pass exact=False."
-            )
-
-
-def check_type(name: str, value: Any, protocol: type, home: str) -> None:
-    """Raises ValueError unless `value` is None or a strategy that jit can take."""
-    # Functions satisfy a protocol of one call: a factory that was not called has a name.
-    if value is None or (isinstance(value, protocol) and not hasattr(value, "__name__")):
-        _check_pytree(value)
-        return
-    raise ValueError(
-        f"{name} must come from {home} (called: {home}.name()) or follow "
-        f"jaxspec.types.{protocol.__name__}; got {value!r}{_lacks(value, protocol)}."
-    )
-
-
-def _lacks(value: Any, protocol: type) -> str:
-    """What keeps a value from following a protocol, as the end of a sentence."""
-    if isinstance(value, type):
-        return ", a class: pass an instance"
-    names = [name for name in vars(protocol) if not name.startswith("_")]
-    missing = [name for name in names if not hasattr(value, name)]
-    return f", which lacks {', '.join(missing)}" if 0 < len(missing) < len(names) else ""
-
-
-def _check_pytree(strategy: Any) -> None:
-    if any(leaf is strategy for leaf in jax.tree.leaves(strategy)):
-        raise ValueError(
-            f"{type(strategy).__name__} is no pytree: decorate the class with "
-            "jaxspec.pytree.dataclass."
-        )
-
-
-def _is_all_zero(temperature: Any) -> bool:
-    if temperature is None or isinstance(temperature, jax.core.Tracer):
-        return False
-    return not np.any(np.asarray(temperature))
-
-
-# ---------------------------------------------------------------------------------------------
-# Prompts.
-
-
-def _prompts(prompts: Any, prompt_lengths: Any, pad_id: int, vocab_size: int) -> tuple[Any, Any]:
-    """Token ids [B, L] and lengths [B]; NumPy where known before running."""
-    if prompts is None:
-        raise ValueError("pass prompts: a list of token-id lists, or an array [B, L].")
-    if isinstance(prompts, str) or (
-        isinstance(prompts, (list, tuple)) and any(isinstance(p, str) for p in prompts)
-    ):
-        raise ValueError(
-            "prompts must be token ids, got text; jaxspec_models.generate_text takes text, or "
-            "encode it with the model's tokenizer."
-        )
-    if isinstance(prompts, (list, tuple)):
-        if prompt_lengths is not None:
-            raise ValueError("prompt_lengths goes with an array of prompts; a list needs none.")
-        tokens, lengths = _bucketed(prompts)
-    else:
-        tokens, lengths = _array(prompts, prompt_lengths, pad_id, vocab_size)
-    _check_ids(tokens, lengths, vocab_size)
-    return tokens, lengths
-
-
-def _bucketed(prompts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Pads lists to a power of two, so that a new length rarely means a new program."""
-    if not prompts:
-        raise ValueError("prompts is empty: pass at least one prompt.")
-    rows = [np.asarray(prompt) for prompt in prompts]
-    if any(row.ndim != 1 for row in rows):
-        raise ValueError("prompts must be a list of token-id lists: wrap one prompt as [prompt].")
-    if empty := [i for i, row in enumerate(rows) if row.size == 0]:
-        raise ValueError(
-            f"prompt {empty[0]} is empty: a model needs a token to start from, such as its "
-            "beginning-of-sequence id."
-        )
-    if any(not np.issubdtype(row.dtype, np.integer) for row in rows):
-        raise ValueError("prompts must hold integers, the tokens' ids.")
-    lengths = np.array([row.size for row in rows], np.int32)
-    bucket = max(_SMALLEST_BUCKET, 1 << int(lengths.max() - 1).bit_length())
-    tokens = np.zeros((len(rows), bucket), np.int64)  # ids are checked before they are narrowed
-    for i, row in enumerate(rows):
-        tokens[i, : row.size] = row
-    return tokens, lengths
-
-
-def _array(prompts: Any, prompt_lengths: Any, pad_id: int, vocab_size: int) -> tuple[Any, Any]:
-    if getattr(prompts, "ndim", None) != 2 or not jnp.issubdtype(prompts.dtype, jnp.integer):
-        raise ValueError(
-            "prompts must be a list of token-id lists or an integer array [B, L], got "
-            f"{getattr(prompts, 'dtype', type(prompts).__name__)}{getattr(prompts, 'shape', '')}."
-        )
-    batch, size = prompts.shape
-    if batch == 0 or size == 0:
-        raise ValueError(f"prompts has shape {prompts.shape}: pass at least one token a row.")
-    has_lengths = prompt_lengths is not None
-    if not has_lengths:
-        prompt_lengths = np.full((batch,), size, np.int32)
-    if not isinstance(prompts, jax.core.Tracer):
-        prompts = np.asarray(prompts)
-    if not isinstance(prompt_lengths, jax.core.Tracer):
-        prompt_lengths = np.asarray(prompt_lengths)
-        if prompt_lengths.shape != (batch,) or not np.issubdtype(prompt_lengths.dtype, np.integer):
-            raise ValueError(
-                f"prompt_lengths must be {batch} integers, one a row; got "
-                f"{prompt_lengths.dtype}{prompt_lengths.shape}."
-            )
-        if np.any(prompt_lengths < 1) or np.any(prompt_lengths > size):
-            raise ValueError(
-                f"prompt_lengths must lie in 1 … {size}, the width of prompts; an empty prompt "
-                f"gives a model nothing to start from. Got {prompt_lengths.tolist()}."
-            )
-        if isinstance(prompts, np.ndarray):
-            _check_padding(prompts, prompt_lengths, pad_id, has_lengths, vocab_size)
-    return prompts, prompt_lengths
-
-
-def _check_padding(
-    prompts: np.ndarray, lengths: np.ndarray, pad_id: int, has_lengths: bool, vocab_size: int
-) -> None:
-    """Left-padded rows are refused: a row whose head is padding and whose last token is text."""
-    size = prompts.shape[1]
-    is_pad = prompts == pad_id
-    ends_in_text = (prompts[:, -1] >= 0) & (prompts[:, -1] < vocab_size) & ~is_pad[:, -1]
-    if has_lengths:
-        is_left_padded = any(
-            length < size and pads[: size - length].all() and is_text
-            for pads, is_text, length in zip(is_pad, ends_in_text, lengths, strict=True)
-        )
-    else:
-        heads = is_pad[:, 0]
-        is_left_padded = (heads.any() and not heads.all()) or bool(
-            is_pad[:, :2].all(axis=1).any() and size > 1
-        )
-    if is_left_padded:
-        raise ValueError(
-            "prompts look left-padded. Pad on the right and pass prompt_lengths, or pass a list "
-            f"of token-id lists; if the leading {pad_id}s are real tokens, pass them as lists."
-        )
-
-
-def _check_ids(tokens: Any, lengths: Any, vocab_size: int) -> None:
-    if isinstance(tokens, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer):
-        return
-    is_prompt = np.arange(tokens.shape[1])[None] < np.asarray(lengths)[:, None]
-    ids = np.asarray(tokens)[is_prompt]
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(
-            f"prompts hold the token id {ids.min() if ids.min() < 0 else ids.max()}; the "
-            f"target's ids are 0 … {vocab_size - 1}. Use the target's own tokenizer."
-        )
 
 
 def _check_fits(engine: states.Engine, tokens: Any, lengths: Any, max_new_tokens: Any) -> None:
@@ -540,10 +273,6 @@ def _check_fits(engine: states.Engine, tokens: Any, lengths: Any, max_new_tokens
                 f"({max_new_tokens}) is {needed}, and the {name} is made for {limit} tokens; "
                 "shorten the prompt or lower max_new_tokens."
             )
-
-
-# ---------------------------------------------------------------------------------------------
-# Ends and randomness.
 
 
 def _eos_ids(target: LanguageModel, eos_ids: Sequence[int] | int | None) -> Array:

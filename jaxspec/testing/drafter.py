@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.arguments import check_type
 from jaxspec.sampling import Sampling
+from jaxspec.strategies import check_type
 from jaxspec.testing.comparison import FALSE_ALARM, chi_square_p_value
 from jaxspec.testing.recording import FormError, Recording, Round
 from jaxspec.types import Draft, Drafter, LanguageModel

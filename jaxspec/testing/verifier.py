@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.arguments import check_type
+from jaxspec.strategies import check_type
 from jaxspec.testing.bounds import MAX_TOKENS, optimal_acceptance
 from jaxspec.testing.comparison import FALSE_ALARM, compare
 from jaxspec.testing.enumeration import Block, Laws, TreeBlock, emitted_laws
