@@ -35,8 +35,11 @@ def engine(
       num_draft_tokens: K, but a tree's nodes where trees are drafted.
       outputs: what is reported.
 
+    Returns:
+      The engine; its K is 0 without a drafter.
+
     Raises:
-      ValueError: one of them is none, or does not go with another.
+      ValueError: something is no strategy, or does not go with the others.
     """
     if isinstance(drafter, LanguageModel):
         raise ValueError("to draft with a model, pass drafter=jaxspec.drafters.model(lm).")

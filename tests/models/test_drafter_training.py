@@ -311,6 +311,19 @@ def test_metrics_by_hand():
     assert float(judged.ratio) == 0
 
 
+def test_agreement_is_of_the_likeliest_tokens():
+    """Laws of more tokens than one block has; half of them have the same peak."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 4, 700)).astype(np.float32)
+    logits[:, :, :, 5] += 20.0  # no mass outside counts against it
+    logits[0, :, 1:3, 680] += 40.0
+    log_q, log_p = jax.nn.log_softmax(jnp.asarray(logits))
+    judged = learning.judge(log_q, log_p, jnp.zeros((3, 4), jnp.int32))
+    expected = np.argmax(logits[0], -1) == np.argmax(logits[1], -1)
+    assert 0 < expected.sum() < expected.size
+    np.testing.assert_array_equal(judged.is_same, expected)
+
+
 def test_rounds_are_told_apart_by_temperature():
     """One draft a round: [right, right, wrong, right, right] greedily, and 1/2 each if sampled."""
     right = jnp.asarray([[1, 1, 0, 1, 1]] * 3, bool)[..., None]
