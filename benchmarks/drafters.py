@@ -15,6 +15,7 @@ order reversed every other time; prefill is timed apart.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -48,11 +49,14 @@ def describe(path: str) -> dict[str, Any]:
     }
 
 
-def costs(profile: jaxspec.Profile, num_draft_tokens: int) -> dict[str, float]:
-    """A round with so many drafts, in plain steps."""
+def costs(
+    profile: jaxspec.Profile, plain: jaxspec.Profile, num_draft_tokens: int
+) -> dict[str, float]:
+    """A round with so many drafts, in plain steps; keeping the drafter's state is drafting, too."""
     verify = np.asarray(profile.verify, np.float64)
+    keeping = max(0.0, float(profile.overhead) - float(plain.overhead))
     return {
-        "draft_phase": float(profile.draft) * num_draft_tokens / verify[0],
+        "draft_phase": (float(profile.draft) * num_draft_tokens + keeping) / verify[0],
         "verification": float(verify[num_draft_tokens] / verify[0]),
         "plain_step_ms": 1e3 * float(verify[0]),
     }
@@ -95,17 +99,22 @@ def measure(
     sampling = {"sampling": jaxspec.Sampling(temperature=temperature or 0)}
     contestants: dict[str, dict[str, Any]] = {"plain": {"drafter": None, **sampling}}
     figures: dict[str, Any] = {"plain": {}}
+    plain = jaxspec.measure_costs(model, None, context_length=256, **sampling)
     for path in args.drafters:
         drafter = jaxspec_models.load_drafter(path, model)
         most = max(args.num_draft_tokens)
-        profile = jaxspec.measure_costs(
-            model, drafter, num_draft_tokens=most, context_length=256, **sampling
-        )
+
+        @functools.cache
+        def profile(count: int, *, drafter: Any = drafter) -> jaxspec.Profile:
+            """With room for no more drafts than that: a round pays for the widths it has."""
+            return jaxspec.measure_costs(
+                model, drafter, num_draft_tokens=count, context_length=256, **sampling
+            )
 
         def enter(name: str, count: int, *, path: str = path, profile: Any = profile, **options):
             name = f"{path.rstrip('/')} {name}"
             contestants[name] = {"num_draft_tokens": count, **options, **sampling}
-            figures[name] = describe(path) | costs(profile, count)
+            figures[name] = describe(path) | costs(profile(count), plain, count)
 
         for count in args.num_draft_tokens:
             enter(f"{count}", count, drafter=drafter)

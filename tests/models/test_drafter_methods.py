@@ -119,6 +119,29 @@ def test_a_student_begins_with_layers_that_fit():
             student.init_params(shape, TARGET, None, 0)
 
 
+@pytest.mark.parametrize("method", READERS)
+def test_a_round_in_which_no_row_drafts_computes_nothing(learned, method):
+    """Seen by what it leaves in the cache."""
+    ours = trained.drafter(learned, trained.first_params(learned, method), method)
+    options = jaxspec.sampling.resolve(jaxspec.Sampling(), 2, V)
+    text, lengths = jnp.ones((2, 16), jnp.int32), jnp.array([5, 7])
+    history = jaxspec.sampling.recall(options, text, lengths, vocab_size=V, prompt_lengths=lengths)
+    context = jaxspec.types.Context(text, lengths, options, history)
+    keys, state = jax.random.split(jax.random.key(0), (2, K)), ours.init(2, 16)
+
+    def written(num_draft):
+        propose = jax.jit(ours.propose, static_argnums=4)
+        _, after = propose(jax.random.clone(keys), state, context, jnp.array(num_draft), _always)
+        return bool((after.cache.keys[0] != state.cache.keys[0]).any())
+
+    assert not written([0, 0])
+    assert written([0, 1])
+
+
+def _always(signals):
+    return signals.slot >= 0
+
+
 def quantized(method, weights, is_quantized):
     shape = SHAPES[method]
     return methods.quantize(shape, weights) if is_quantized else (shape, weights)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,22 @@ from jaxspec_models import layers, llama
 from jaxspec_models.drafters import drafting, learning, parts, reading
 
 Array: TypeAlias = jax.Array
+
+
+class _Block(NamedTuple):
+    """What one forward makes.
+
+    Attributes:
+      is_wanted: bool[], whether it is still to be made.
+      cache: with the block's own keys and values.
+      h: f32[B, K, D], the slots' states.
+      logits: f32[B, K, W], theirs, without the bias.
+    """
+
+    is_wanted: Array
+    cache: layers.KVCache
+    h: Array
+    logits: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +109,30 @@ class BlockModel(reading.Reader):
         state: reading.ReaderState,
         pending: Array,
         start: Array,
+        num_draft: Array,
         count: int,
     ) -> tuple[drafting.NextStep, tuple[layers.KVCache]]:
         """One forward over the block, then the tokens from left to right."""
-        x = self.block(own.embed(pending), state.last, count)
-        x, cache = reading.forward(self, state.cache, x, start)
-        h = self.norm(x)
-        logits = parts.logits(own.head, h)
+        batch, width = pending.shape[0], state.last.shape[-1]
+
+        def fill(block: _Block) -> _Block:
+            x = self.block(own.embed(pending), state.last, count)
+            x, cache = reading.forward(self, block.cache, x, start)
+            h = self.norm(x)
+            return _Block(jnp.array(False), cache, h, parts.logits(own.head, h))
+
+        # A round without drafts pays for none. A loop of one turn at most, as a branch might copy
+        # the cache.
+        _, cache, h, logits = lax.while_loop(
+            lambda block: block.is_wanted,
+            fill,
+            _Block(
+                is_wanted=jnp.any(num_draft > 0),
+                cache=state.cache,
+                h=jnp.zeros((batch, count, width), jnp.float32),
+                logits=jnp.zeros((batch, count, self.config.draft_vocab_size), jnp.float32),
+            ),
+        )
 
         def next_step(slot: Array, before: Array, carry: Any) -> tuple[drafting.Step, Any]:
             known, bias = self.bias(own.positions[before])

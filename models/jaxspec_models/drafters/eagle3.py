@@ -44,10 +44,11 @@ class EagleModel(reading.Reader):
         state: reading.ReaderState,
         pending: Array,
         start: Array,
+        num_draft: Array,
         count: int,
     ) -> tuple[drafting.NextStep, tuple[layers.KVCache, Array]]:
         """Cell by cell, each on what the one before has made."""
-        del pending, count
+        del pending, num_draft, count
 
         def next_step(slot: Array, token: Array, carry: Any) -> tuple[drafting.Step, Any]:
             cache, last = carry

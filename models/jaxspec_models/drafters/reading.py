@@ -107,7 +107,13 @@ class Reader(nnx.Module):
         return self.begin(jnp.concatenate([self.token_norm(token), self.last_norm(last)], axis=-1))
 
     def draft_from(
-        self, own: ReaderDrafter, state: ReaderState, pending: Array, start: Array, count: int
+        self,
+        own: ReaderDrafter,
+        state: ReaderState,
+        pending: Array,
+        start: Array,
+        num_draft: Array,
+        count: int,
     ) -> tuple[drafting.NextStep, tuple[Any, ...]]:
         """How a round is drafted; each method's own.
 
@@ -116,7 +122,8 @@ class Reader(nnx.Module):
           state: before the round.
           pending: i32[B], the tokens to draft behind.
           start: i32[B], their slots.
-          count: drafts at most.
+          num_draft: i32[B], the most drafts of each row: where all are 0, nothing is computed.
+          count: K, drafts at most.
 
         Returns:
           What `drafting.draft_tokens` calls for each draft, and what is handed from one to the
@@ -446,7 +453,7 @@ class ReaderDrafter:
         drafting.check_num_draft_tokens(count, self.config)
         start = context.lengths - 1
         pending = context.tokens[jnp.arange(batch), start]
-        next_step, carry = self.model().draft_from(self, state, pending, start, count)
+        next_step, carry = self.model().draft_from(self, state, pending, start, num_draft, count)
         draft, (cache, *_) = drafting.draft_tokens(
             next_step,
             carry,
