@@ -41,16 +41,17 @@ def write(
 ) -> Answer:
     """Answers a request with `jaxspec`; options of `jaxspec.generate`.
 
-    Prompts that are padded to the same number of slots run the same programs.
+    Prompts that are padded to the same number of slots (a power of two, unless told) run the same
+    programs.
     """
     import jax
     import numpy as np
 
-    from jaxspec import arguments
+    from jaxspec import arguments, prompting
     from jaxspec.generate import prefill, result, run
 
     size = len(request["ids"])
-    padded = np.zeros((1, slots or size), np.int32)
+    padded = np.zeros((1, slots or prompting.bucket(size)), np.int32)
     padded[0, :size] = request["ids"]
     start = time.perf_counter()
     prepared = arguments.prepare(
