@@ -52,11 +52,14 @@ def describe(path: str) -> dict[str, Any]:
 def costs(
     profile: jaxspec.Profile, plain: jaxspec.Profile, num_draft_tokens: int
 ) -> dict[str, float]:
-    """A round with so many drafts, in plain steps; keeping the drafter's state is drafting, too."""
+    """A round with so many drafts, in plain steps.
+
+    What a round with the drafter and no drafts takes over plain decoding is drafting, too.
+    """
     verify = np.asarray(profile.verify, np.float64)
-    keeping = max(0.0, float(profile.overhead) - float(plain.overhead))
+    idle = max(0.0, float(profile.overhead) - float(plain.overhead))
     return {
-        "draft_phase": (float(profile.draft) * num_draft_tokens + keeping) / verify[0],
+        "draft_phase": (float(profile.draft) * num_draft_tokens + idle) / verify[0],
         "verification": float(verify[num_draft_tokens] / verify[0]),
         "plain_step_ms": 1e3 * float(verify[0]),
     }

@@ -121,8 +121,8 @@ class BlockModel(reading.Reader):
             h = self.norm(x)
             return _Block(jnp.array(False), cache, h, parts.logits(own.head, h))
 
-        # A round without drafts pays for none. A loop of one turn at most, as a branch might copy
-        # the cache.
+        # A round without drafts pays for none: a loop of one turn at most, which updates the cache
+        # in place as the drafts' own loop does.
         _, cache, h, logits = lax.while_loop(
             lambda block: block.is_wanted,
             fill,
