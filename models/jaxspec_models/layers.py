@@ -23,7 +23,7 @@ from flax import nnx
 from jax import lax
 
 from jaxspec import pytree
-from jaxspec_models import fusion, quantization
+from jaxspec_models import fusion, native, quantization
 
 Array: TypeAlias = jax.Array
 
@@ -106,12 +106,40 @@ def product(x: Array, weight: Array, scale: Array | None = None) -> Array:
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
+    elif (most := quantization.max_native_rows()) > 0:
+        y = _native_linear(rows.astype(jnp.float32), weight, scale, rows.shape[0] <= most)
     else:
-        largest = reduce_rows(functools.partial(jnp.max, axis=-1), jnp.abs(rows))
-        steps, step = quantization.quantize_rows(rows, largest)
-        y = quantization.product(steps, weight).astype(jnp.float32)
-        y = y * (step[:, None] * scale[None])
+        y = _quantized_linear(rows, weight, scale)
     return y[:count].reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _rescale(sums: Array, step: Array, scale: Array) -> Array:
+    return sums.astype(jnp.float32) * (step[:, None] * scale[None])
+
+
+def _quantized_linear(
+    rows: Array, weight: Array, scale: Array, rescale: Callable[..., Array] = _rescale
+) -> Array:
+    largest = reduce_rows(functools.partial(jnp.max, axis=-1), jnp.abs(rows))
+    steps, step = quantization.quantize_rows(rows, largest)
+    return rescale(quantization.product(steps, weight), step, scale)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _native_linear(rows: Array, weight: Array, scale: Array, is_few: bool) -> Array:
+    """The same by our own kernel where the program runs on a CPU: of more rows, what XLA fuses."""
+    many = functools.partial(_quantized_linear, rescale=native.rescale)
+    return lax.platform_dependent(
+        rows, weight, scale, cpu=native.linear if is_few else many, default=_quantized_linear
+    )
+
+
+@_native_linear.defjvp
+def _jvp_of_native_linear(
+    is_few: bool, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    del is_few
+    return jax.jvp(_quantized_linear, primals, tangents)
 
 
 def _like(vector: Array, x: Array) -> Array:

@@ -8,15 +8,14 @@ whatever is exact with a float target is as exact with a quantised one.
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
+import sys
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxspec_models import fusion
+from jaxspec_models import fusion, native
 
 Array: TypeAlias = jax.Array
 
@@ -27,6 +26,7 @@ kernel is faster."""
 _MAX_WIDENED_BYTES = 24 * 1024
 """Rows that fill half of a core's first-level cache in int32 are widened as they are read instead:
 1,536 columns of 5 rows take 46 µs for 576 outputs so, and 59 widened before."""
+_MAX_ROWS_BESIDE_UNIT, _MAX_ROWS_OF_AVX2 = 8, 64  # benchmarks/README.md
 _STEPS = 127
 
 
@@ -51,7 +51,7 @@ def quantize_rows(x: Array, largest: Array | None = None) -> tuple[Array, Array]
     if largest is None:
         largest = jnp.max(jnp.abs(x), axis=-1)
     per_step = _STEPS / jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
-    return jnp.round(x * per_step[..., None]).astype(jnp.int8), largest / _STEPS
+    return jnp.round(x * per_step[..., None]).astype(jnp.int8), largest * jnp.float32(1 / _STEPS)
 
 
 def product(steps: Array, weight: Array) -> Array:
@@ -74,17 +74,22 @@ def product(steps: Array, weight: Array) -> Array:
     return lax.platform_dependent(steps, weight, cpu=_sum_products, default=_matrix_product)
 
 
-@functools.cache
 def has_matrix_unit() -> bool:
-    """Whether this machine's CPU has a unit for int8 matrices (AMX), which its matrix kernel uses.
+    """Whether this machine's CPU has a unit for int8 matrices (AMX), which XLA's kernel uses.
 
     With it 16 rows cost little more than 2, and less than two rows summed (71 MB of weights: 3.4 ms
     for 2 rows, 3.7 for 5 and 4.2 for 16, summed 5.6, 17 and 29).
     """
-    try:
-        return " amx_int8" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        return False
+    return "amx_int8" in native.cpu_flags()
+
+
+def max_native_rows() -> int:
+    """Rows up to which `native.linear` is the fastest on this CPU; 0 where there is none."""
+    if native.why_not() is not None:
+        return 0
+    if has_matrix_unit():
+        return _MAX_ROWS_BESIDE_UNIT
+    return sys.maxsize if "avx512_vnni" in native.cpu_flags() else _MAX_ROWS_OF_AVX2
 
 
 def _matrix_product(steps: Array, weight: Array) -> Array:
