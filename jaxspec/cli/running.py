@@ -24,17 +24,21 @@ from jaxspec.loop import paid_widths
 from jaxspec.types import PREFILL_CHUNK, Policy
 
 _NUM_DRAFTED = 4
-_UNIT = "int8 with a matrix unit"
-_NUM_LOOKED_UP = {None: 4, "int8": 2, _UNIT: 4}  # as far as verifying costs almost nothing
-_NUM_TRAINED = {None: 2, "int8": 1, _UNIT: 2}  # benchmarks/README.md
+_NATIVE, _UNIT = "int8, our kernel", "int8, XLA's with a matrix unit"
+# As far as verifying costs almost nothing, and as much of what was trained as pays
+# (benchmarks/README.md).
+_NUM_LOOKED_UP = {None: 4, "int8": 2, _UNIT: 4, _NATIVE: 2}
+_NUM_TRAINED = {None: 2, "int8": 1, _UNIT: 2, _NATIVE: 2}
 _COSTS = {
     None: ((1, 5, 8, 11), (1.0, 1.06, 1.1, 1.2)),
     "int8": ((1, 3, 5, 8, 11), (1.0, 1.25, 1.7, 2.4, 3.0)),
     _UNIT: ((1, 3, 5, 7, 9, 13), (1.0, 1.08, 1.2, 1.28, 1.35, 1.45)),
+    _NATIVE: ((1, 2, 3, 4, 5, 7), (1.0, 1.07, 1.12, 1.27, 1.47, 1.79)),
 }
 """Tokens of a target forward, and its time over that of one token's, by quantisation: measured on
-2 cores with smollm2-135m; int8 between a machine with AVX-512 (3 tokens: 1.13) and one without
-(1.36), and apart with AMX (benchmarks/README.md). `jaxspec.measure_costs` takes a minute."""
+2 cores with smollm2-135m; int8 by XLA between a machine with AVX-512 (3 tokens: 1.13) and one
+without (1.36), and apart with AMX (benchmarks/README.md). `jaxspec.measure_costs` takes a minute.
+"""
 _LOOKUP_COST, _TRAINED_COST = 0.005, 0.06
 """Of a draft, likewise: copied from the text, and of an EAGLE-3 drafter beside an int8 target."""
 
@@ -170,9 +174,7 @@ def drafting(
     Returns:
       Options of `jaxspec.generate`.
     """
-    from jaxspec_models.quantization import has_matrix_unit
-
-    kind = _UNIT if quantization == "int8" and has_matrix_unit() else quantization
+    kind = _kind_of(quantization)
     is_lookup = drafter is None or isinstance(drafter, PromptLookup)
     own: int | None = getattr(drafter, "max_draft_tokens", None)
     if num_draft_tokens is None:
@@ -194,6 +196,17 @@ def drafting(
         "num_draft_tokens": num_draft_tokens,
         "policy": jaxspec.policies.guarded(policy),
     }
+
+
+def _kind_of(quantization: str | None) -> str | None:
+    """By what int8 is multiplied on this machine."""
+    if quantization != "int8":
+        return quantization
+    from jaxspec_models.quantization import has_matrix_unit, max_native_rows
+
+    if max_native_rows():
+        return _NATIVE
+    return _UNIT if has_matrix_unit() else quantization
 
 
 def encode(tokenizer: Any, prompt: str, *, is_chat: bool) -> list[int]:

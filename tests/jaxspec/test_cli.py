@@ -370,22 +370,24 @@ def test_a_trained_drafter_is_used(models, ask, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("drafter", "quantization", "counts", "policy"),  # without a matrix unit, and with one
+    ("drafter", "quantization", "counts", "policy"),  # by XLA, with a matrix unit, by our kernel
     [
-        (drafters.prompt_lookup(), None, (4, 4), Goodput),
-        (drafters.prompt_lookup(), "int8", (2, 4), Goodput),
-        (drafters.model(table_model(np.zeros((4, 4), np.float32))), "int8", (4, 4), Fixed),
-        (types.SimpleNamespace(max_draft_tokens=8), None, (2, 2), Goodput),
-        (types.SimpleNamespace(max_draft_tokens=1), None, (1, 1), Goodput),
-        (types.SimpleNamespace(max_draft_tokens=8), "int8", (1, 2), Goodput),
+        (drafters.prompt_lookup(), None, (4, 4, 4), Goodput),
+        (drafters.prompt_lookup(), "int8", (2, 4, 2), Goodput),
+        (drafters.model(table_model(np.zeros((4, 4), np.float32))), "int8", (4, 4, 4), Fixed),
+        (types.SimpleNamespace(max_draft_tokens=8), None, (2, 2, 2), Goodput),
+        (types.SimpleNamespace(max_draft_tokens=1), None, (1, 1, 1), Goodput),
+        (types.SimpleNamespace(max_draft_tokens=8), "int8", (1, 2, 2), Goodput),
     ],
     ids=["lookup", "lookup, int8", "model", "trained", "trained for less", "trained, int8"],
 )
-@pytest.mark.parametrize("has_unit", [False, True], ids=["", "matrix unit"])
-def test_how_much_is_drafted(drafter, quantization, counts, policy, has_unit, monkeypatch):
+@pytest.mark.parametrize("machine", range(3), ids=["XLA", "matrix unit", "kernel"])
+def test_how_much_is_drafted(drafter, quantization, counts, policy, machine, monkeypatch):
     """As much as pays where costs are known; what was trained costs more than a lookup."""
-    monkeypatch.setattr("jaxspec_models.quantization.has_matrix_unit", lambda: has_unit)
-    count = counts[has_unit]
+    most = 8 if machine == 2 else 0
+    monkeypatch.setattr("jaxspec_models.quantization.has_matrix_unit", lambda: machine == 1)
+    monkeypatch.setattr("jaxspec_models.quantization.max_native_rows", lambda: most)
+    count = counts[machine]
     found = running.drafting(drafter, None, quantization)
     assert found["num_draft_tokens"] == count
     assert isinstance(found["policy"], Guarded)
