@@ -107,7 +107,9 @@ def product(x: Array, weight: Array, scale: Array | None = None) -> Array:
             preferred_element_type=jnp.float32,
         )
     elif (most := quantization.max_native_rows()) > 0:
-        y = _native_linear(rows.astype(jnp.float32), weight, scale, rows.shape[0] <= most)
+        y = _native_linear(
+            rows.astype(jnp.float32), weight, scale.astype(jnp.float32), rows.shape[0] <= most
+        )
     else:
         y = _quantized_linear(rows, weight, scale)
     return y[:count].reshape(*x.shape[:-1], weight.shape[0])
@@ -138,8 +140,8 @@ def _native_linear(rows: Array, weight: Array, scale: Array, is_few: bool) -> Ar
 def _jvp_of_native_linear(
     is_few: bool, primals: tuple[Array, ...], tangents: tuple[Array, ...]
 ) -> tuple[Array, Array]:
-    del is_few
-    return jax.jvp(_quantized_linear, primals, tangents)
+    _, tangent = jax.jvp(_quantized_linear, primals, tangents)
+    return _native_linear(*primals, is_few), tangent
 
 
 def _like(vector: Array, x: Array) -> Array:

@@ -27,6 +27,7 @@ _MAX_WIDENED_BYTES = 24 * 1024
 """Rows that fill half of a core's first-level cache in int32 are widened as they are read instead:
 1,536 columns of 5 rows take 46 µs for 576 outputs so, and 59 widened before."""
 _MAX_ROWS_BESIDE_UNIT, _MAX_ROWS_OF_AVX2 = 8, 64  # benchmarks/README.md
+_VNNI_LANE = 64
 _STEPS = 127
 
 
@@ -51,7 +52,7 @@ def quantize_rows(x: Array, largest: Array | None = None) -> tuple[Array, Array]
     if largest is None:
         largest = jnp.max(jnp.abs(x), axis=-1)
     per_step = _STEPS / jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
-    return jnp.round(x * per_step[..., None]).astype(jnp.int8), largest * jnp.float32(1 / _STEPS)
+    return jnp.round(x * per_step[..., None]).astype(jnp.int8), largest / _STEPS
 
 
 def product(steps: Array, weight: Array) -> Array:
@@ -84,12 +85,16 @@ def has_matrix_unit() -> bool:
 
 
 def max_native_rows() -> int:
-    """Rows up to which `native.linear` is the fastest on this CPU; 0 where there is none."""
-    if native.why_not() is not None:
+    """Rows up to which `native.linear` is the fastest on this CPU; 0 where there is none.
+
+    None where programs run elsewhere or on several devices: XLA does not know how to share a
+    foreign function out.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or native.why_not() is not None:
         return 0
     if has_matrix_unit():
         return _MAX_ROWS_BESIDE_UNIT
-    return sys.maxsize if "avx512_vnni" in native.cpu_flags() else _MAX_ROWS_OF_AVX2
+    return sys.maxsize if native.lane() == _VNNI_LANE else _MAX_ROWS_OF_AVX2
 
 
 def _matrix_product(steps: Array, weight: Array) -> Array:

@@ -59,15 +59,58 @@ def test_every_bit_is_xlas(outputs, width):
         layer = layer_of(rows, width, outputs, seed)
         ours = jax.jit(native.linear)(*layer)
         assert ours.dtype == jnp.float32
-        np.testing.assert_array_equal(ours, jax.jit(layers._quantized_linear)(*layer))
+        assert_same_bits(ours, jax.jit(layers._quantized_linear)(*layer))
+
+
+def assert_same_bits(ours, theirs):
+    """Zeros have signs; what is not a number has many forms."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
+    numbers = ~np.isnan(ours)
+    np.testing.assert_array_equal(ours[numbers].view("u4"), theirs[numbers].view("u4"))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_the_kernel_for_other_processors(tmp_path, monkeypatch):
+    """What is compiled without AVX-512 gives the same bits."""
+    monkeypatch.setenv("JAXSPEC_CACHE", str(tmp_path))
+    name = "jaxspec_of_avx2"
+    path = tmp_path / "avx2.cc"
+    source = native._SOURCE.read_text().replace(native._LINEAR, name)
+    path.write_text(
+        source.replace("#include <immintrin.h>", FORGET_VNNI + "#include <immintrin.h>")
+    )
+    library = ctypes.CDLL(str(native.compiled(path)))
+    assert ctypes.c_int32.in_dll(library, "jaxspec_int8_lane").value == 16
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    for (outputs, width), rows in itertools.product(SHAPES, ROWS):
+        layer = layer_of(rows, width, outputs)
+        result = jax.ShapeDtypeStruct((rows, outputs), jnp.float32)
+        ours = jax.ffi.ffi_call(name, result)(*layer)
+        assert_same_bits(ours, jax.jit(layers._quantized_linear)(*layer))
+
+
+FORGET_VNNI = """#undef __AVX512VNNI__
+"""
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("rows", [1, 17])
+def test_sums_of_others_are_scaled_alike(rows):
+    rng = np.random.default_rng(rows)
+    sums = rng.integers(-(2**31), 2**31, (rows, 600)).astype(np.int32)
+    step, scale = (rng.uniform(-2, 2, n).astype(np.float32) for n in (rows, 600))
+    ours = native.rescale(sums, step, scale)
+    assert_same_bits(ours, sums.astype(np.float32) * (step[:, None] * scale[None]))
 
 
 @pytest.mark.usefixtures("kernel")
 def test_broken_and_tiny_rows():
-    x = np.array([[np.nan, 1, 2], [np.inf, 1, 2], [1e-42, 0, 1e-43], [3e38, 1, 2]], np.float32)
-    weight, scale = np.ones((2, 3), np.int8), np.ones(2, np.float32)
+    x = [[np.nan, 1, 2], [np.inf, 1, 2], [1e-42, 0, 1e-43], [-1e-38, 1e-38, 0], [3e38, 1, -2]]
+    x, scale = np.array(x, np.float32), np.ones(2, np.float32)
+    weight = np.array([[1, 1, 1], [-1, 1, -1]], np.int8)
     ours = np.asarray(native.linear(x, weight, scale))
-    np.testing.assert_array_equal(ours, layers._quantized_linear(x, weight, scale))
+    assert_same_bits(ours, jax.jit(layers._quantized_linear)(x, weight, scale))
     assert not np.isfinite(ours[:2]).any()
     assert np.isfinite(ours[2:]).all()
 
@@ -78,18 +121,19 @@ def test_broken_and_tiny_rows():
     [
         ("if (i < shape.width) {", "if (false) {"),  # what is left of a row
         ("chunk * per_chunk, count", "chunk * per_chunk + chunk, count"),
-        ("largest * kStep", "largest / kSteps"),  # another rounding
+        ("largest * kStep;", "largest / kSteps;"),  # another rounding
         ("std::rint(", "std::trunc("),
         ("* (steps[r] * scale);", "* steps[r] * scale;"),
         ("r < shape.rows; r += kMaxRows", "r < kMaxRows; r += kMaxRows"),
     ],
     ids=["rest", "chunks", "step", "round", "scale", "rows"],
 )
-def test_planted_bugs_are_seen(patch, tmp_path):
+def test_planted_bugs_are_seen(patch, tmp_path, monkeypatch, request):
+    monkeypatch.setenv("JAXSPEC_CACHE", str(tmp_path))
     source = native._SOURCE.read_text()
     old, new = patch
     assert source.count(old) == 1
-    name = f"jaxspec_mutant_{abs(hash(patch))}"
+    name = f"jaxspec_mutant_{request.node.callspec.id}"
     path = tmp_path / "mutant.cc"
     path.write_text(source.replace(old, new).replace(native._LINEAR, name))
     handler = getattr(ctypes.CDLL(str(native.compiled(path))), name)
@@ -131,9 +175,23 @@ def test_gradients_are_those_of_the_plain_computation():
 
     ours = jax.grad(functools.partial(total, layers.product), (0, 1))(x, scale)
     plain = jax.grad(functools.partial(total, layers._quantized_linear), (0, 1))(x, scale)
-    np.testing.assert_array_equal(ours[1], plain[1])
-    np.testing.assert_array_equal(ours[0], plain[0])
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
     assert np.any(np.asarray(plain[0]) != 0)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_is_differentiated_is_what_is_computed():
+    """An addition behind it would show a product that XLA has fused with it."""
+    x, weight, scale = layer_of(5, 600, 600)
+    rest = np.random.default_rng(1).normal(size=(5, 600)).astype(np.float32)
+
+    def layer(x):
+        return rest + layers.product(x, weight, scale)
+
+    value = jax.jit(lambda x: jax.jvp(layer, (x,), (x,))[0])(x)
+    assert_same_bits(value, jax.jit(layer)(x))
+    assert np.any(np.asarray(value) != rest)
 
 
 def model():
@@ -191,9 +249,11 @@ print(quantization.max_native_rows(), native.why_not())
         ({"JAXSPEC_NATIVE": "0"}, "JAXSPEC_NATIVE is 0"),
         ({"PATH": "", "CXX": ""}, "there is no C++ compiler"),
         ({"CXX": "false"}, "false failed"),
+        ({"CXX": 'c++ "'}, "No closing quotation"),
         ({"JAXSPEC_CACHE": "/proc/nowhere"}, "could not be written"),
+        ({"JAXSPEC_CACHE": "~nobody-of-that-name/x"}, "home directory"),
     ],
-    ids=["switched off", "no compiler", "broken compiler", "no cache"],
+    ids=["switched off", "no compiler", "broken compiler", "half a quote", "no cache", "no home"],
 )
 @pytest.mark.usefixtures("kernel")
 def test_why_there_is_no_kernel(variables, reason, monkeypatch):
@@ -206,14 +266,38 @@ def test_why_there_is_no_kernel(variables, reason, monkeypatch):
     assert reason in done.stdout
 
 
-@pytest.mark.parametrize("flags", [{"avx2"}, {"avx2", "avx512_vnni"}, {"avx2", "amx_int8"}, set()])
-def test_few_rows_are_ours_many_where_it_pays(flags, monkeypatch):
-    monkeypatch.setattr(native, "why_not", lambda: None if flags else "no such processor")
+@pytest.mark.parametrize(
+    ("lane", "flags", "most"),
+    [
+        (16, {"avx2"}, quantization._MAX_ROWS_OF_AVX2),
+        (64, {"avx2", "avx512_vnni"}, sys.maxsize),
+        (64, {"avx512_vnni", "amx_int8"}, quantization._MAX_ROWS_BESIDE_UNIT),
+        (None, set(), 0),
+    ],
+)
+def test_few_rows_are_ours_many_where_it_pays(lane, flags, most, monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda: None if lane else "no such processor")
+    monkeypatch.setattr(native, "lane", lambda: lane)
     monkeypatch.setattr(native, "cpu_flags", lambda: frozenset(flags))
-    most = quantization.max_native_rows()
-    if not flags:
-        assert most == 0
-    elif "avx512_vnni" in flags:
-        assert most == sys.maxsize
-    else:
-        assert most >= 8
+    assert quantization.max_native_rows() == most
+
+
+MESH = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxspec_models import layers, quantization
+assert quantization.max_native_rows() == 0
+mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+product = jax.shard_map(
+    layers.product, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d")
+)
+rng = np.random.default_rng(0)
+x, weight = rng.normal(size=(8, 40)), rng.integers(-127, 128, (24, 40))
+layer = jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.int8), jnp.ones(24)
+np.testing.assert_array_equal(jax.jit(product)(*layer), jax.jit(layers.product)(*layer))
+"""
+
+
+def test_several_devices_share_xlas_product(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    subprocess.run([sys.executable, "-c", MESH], check=True)

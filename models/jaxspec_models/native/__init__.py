@@ -4,9 +4,12 @@ XLA's CPU backend has no kernel that multiplies a few int8 rows with a weight as
 can be read: a forward over seven tokens took three times as long as over one
 (`benchmarks/README.md`). So `int8_linear.cc` is compiled with the machine's C++ compiler when it is
 first needed (seconds, once: the library is kept in the cache), and programs call it through XLA's
-foreign functions. Where that cannot be, the layers are XLA's: the same numbers, later.
+foreign functions. Where that cannot be, the layers are XLA's: the same numbers, later, though XLA
+may fuse them with an addition behind them, and so round once where the kernel rounds twice. Within
+one process all widths take one way, and their last bits agree.
 
-`JAXSPEC_NATIVE=0` does without it: for `jax.export`, whose programs must not depend on a library.
+`JAXSPEC_NATIVE=0`, set before the first forward, does without it: for `jax.export`, whose programs
+must not depend on a library.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ _FLAGS = (
     *("-std=c++17", "-fPIC", "-shared", "-w"),
 )
 _SECONDS = 300
+_PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 
 
 class UnavailableError(Exception):
@@ -52,13 +56,17 @@ def cpu_flags() -> frozenset[str]:
       >>> isinstance(cpu_flags(), frozenset)
       True
     """
+    return frozenset(_cpuinfo().get("flags", "").split())
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Of the first processor."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
-        return frozenset()
-    lines = (line.partition(":") for line in text.splitlines())
-    flags = (value for name, _, value in lines if name.strip() == "flags")
-    return frozenset(next(flags, "").split())
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value for name, _, value in lines}
 
 
 def _compiler() -> list[str]:
@@ -74,7 +82,7 @@ def _compiler() -> list[str]:
 def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SECONDS, check=False
+            command, capture_output=True, errors="replace", timeout=_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"{command[0]} could not be run: {error}") from error
@@ -95,8 +103,9 @@ def compiled(source: Path = _SOURCE) -> Path:
         source.read_text(encoding="utf-8"),
         jaxlib.__version__,
         _run([*compiler, "--version"]),
+        *compiler,
         *_FLAGS,
-        *sorted(cpu_flags()),
+        *(_cpuinfo().get(name, "") for name in _PROCESSOR),
     )
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -133,9 +142,15 @@ def why_not() -> str | None:
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
     except UnavailableError as error:
         return str(error)
-    except (OSError, AttributeError) as error:
-        return f"the compiled kernel could not be loaded: {error}"
+    except (OSError, AttributeError, ValueError, RuntimeError) as error:
+        return f"the kernel could not be compiled or loaded: {error}"
     return None
+
+
+@functools.cache
+def lane() -> int:
+    """How many products an instruction of the compiled kernel makes: 64 by AVX-512's VNNI."""
+    return ctypes.c_int32.in_dll(ctypes.CDLL(str(compiled())), "jaxspec_int8_lane").value
 
 
 @custom_batching.custom_vmap
@@ -164,8 +179,9 @@ def _mapped_linear(
     size: int, is_mapped: list[bool], x: Array, weight: Array, scale: Array
 ) -> tuple[Array, bool]:
     if is_mapped == [True, False, False]:
-        y = linear(x.reshape(-1, x.shape[-1]), weight, scale)
-        return y.reshape(size, -1, weight.shape[0]), True
+        _, rows, width = x.shape
+        y = linear(x.reshape(size * rows, width), weight, scale)
+        return y.reshape(size, rows, weight.shape[0]), True
     mapped = zip((x, weight, scale), is_mapped, strict=True)
     every = [a if is_one else jnp.broadcast_to(a, (size, *a.shape)) for a, is_one in mapped]
     return lax.map(lambda one: linear(*one), tuple(every)), True

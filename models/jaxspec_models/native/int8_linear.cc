@@ -105,7 +105,10 @@ float Quantize(const float* x, int64_t width, Row* row) {
   std::memcpy(&largest, &bits, sizeof largest);
   const float per_step = kSteps / std::max(largest, std::numeric_limits<float>::min());
   for (int64_t i = 0; i < width; ++i) {
-    row[i] = Prepared(static_cast<int8_t>(static_cast<int32_t>(std::rint(x[i] * per_step))));
+    const float rounded = std::rint(x[i] * per_step);
+    // Of what is not a number nothing, beyond the ends the ends, as XLA converts.
+    const float inside = std::min(127.0f, std::max(-128.0f, rounded));
+    row[i] = Prepared(rounded == rounded ? static_cast<int8_t>(static_cast<int32_t>(inside)) : 0);
   }
   return largest * kStep;
 }
@@ -142,7 +145,8 @@ void Output(const Shape& shape, const Row* rows, const float* steps, const int8_
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    y[r * shape.outputs] = static_cast<float>(totals[r] - totals[R]) * (steps[r] * scale);
+    const uint32_t sum = static_cast<uint32_t>(totals[r]) - static_cast<uint32_t>(totals[R]);
+    y[r * shape.outputs] = static_cast<float>(static_cast<int32_t>(sum)) * (steps[r] * scale);
   }
 }
 
@@ -249,6 +253,9 @@ ffi::Error Int8Rescale(ffi::ThreadPool pool, Sums sums, FloatVector steps, Float
 }
 
 }  // namespace
+
+// What the compiler's idea of this processor came to: how many products an instruction makes.
+extern "C" const int32_t jaxspec_int8_lane = kLane;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxspec_int8_linear, Int8Linear,
                               ffi::Ffi::Bind()
