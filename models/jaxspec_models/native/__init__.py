@@ -50,7 +50,7 @@ class UnavailableError(Exception):
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """What this machine's processor can do, in the kernel's words; nothing where it does not say.
+    """What this machine's processor can do, as Linux names it; nothing where it does not say.
 
     Example:
       >>> isinstance(cpu_flags(), frozenset)
@@ -70,10 +70,10 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _compiler() -> list[str]:
-    command = shlex.split(os.environ.get("CXX", ""))
-    for name in [command[:1], ["c++"], ["g++"], ["clang++"]]:
-        if name and (path := shutil.which(name[0])):
-            return [path, *(command[1:] if name == command[:1] else [])]
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    for name, *options in filter(None, (wanted, ["c++"], ["g++"], ["clang++"])):
+        if path := shutil.which(name):
+            return [path, *options]
     raise UnavailableError(
         "there is no C++ compiler (c++, g++, clang++, or CXX in the environment)"
     )
@@ -149,7 +149,10 @@ def why_not() -> str | None:
 
 @functools.cache
 def lane() -> int:
-    """How many products an instruction of the compiled kernel makes: 64 by AVX-512's VNNI."""
+    """How many products an instruction of the kernel makes: 64 by AVX-512's VNNI, else 16.
+
+    Only where `why_not()` is None.
+    """
     return ctypes.c_int32.in_dll(ctypes.CDLL(str(compiled())), "jaxspec_int8_lane").value
 
 
@@ -200,6 +203,11 @@ def rescale(sums: Array, step: Array, scale: Array) -> Array:
 
     Returns:
       f32[N, O].
+
+    Example:
+      >>> if why_not() is None:
+      ...     sums = jnp.array([[3, -5]])
+      ...     assert rescale(sums, jnp.full(1, 0.5), jnp.ones(2)).tolist() == [[1.5, -2.5]]
     """
     result = jax.ShapeDtypeStruct(sums.shape, jnp.float32)
     return jax.ffi.ffi_call(_RESCALE, result, vmap_method="sequential")(sums, step, scale)
