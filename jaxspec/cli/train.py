@@ -35,6 +35,7 @@ def write_prompts(arguments: argparse.Namespace) -> int:
                 arguments.out,
                 target=arguments.target,
                 count=arguments.count,
+                beginnings=arguments.beginnings,
                 temperature=arguments.temperature,
                 max_prompt_tokens=arguments.max_prompt_tokens,
                 batch=arguments.batch,

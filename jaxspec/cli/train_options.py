@@ -59,6 +59,14 @@ def _add_train_prompts(commands: Any) -> None:
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL, a prompt a line")
     common.add_count(parser, "--count", 5000, "prompts that are wanted")
     parser.add_argument(
+        "--beginnings",
+        metavar="TEXT",
+        nargs="+",
+        default=[""],
+        help="first words of prompts, in turn: the kinds that are wanted, like "
+        "'Write a Python function that' (default: left to the model)",
+    )
+    parser.add_argument(
         "--temperature",
         metavar="F",
         type=common.number(float, lambda x: x > 0, "above 0"),

@@ -7,9 +7,10 @@ chat template up to the user's turn, it goes on as a user would (Xu et al., Magp
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ _PLACE = "PLACE-OF-THE-USER"
 _MOST_IN_VAIN = 1000
 
 
-def user_turn(tokenizer: Any) -> list[int]:
+def user_turn(tokenizer: Any, beginning: str = "") -> list[int]:
     r"""The chat template up to where a user's first words stand, as ids.
 
     Args:
       tokenizer: one with a chat template.
+      beginning: those words, as far as they are given.
 
     Raises:
       ValueError: there is no template, or it does not repeat what a user says.
@@ -38,7 +40,7 @@ def user_turn(tokenizer: Any) -> list[int]:
       ...         return f"user: {messages[0]['content']}\nassistant:"
       ...     def encode(self, text, add_special_tokens):
       ...         return [ord(letter) for letter in text]
-      >>> user_turn(Letters()) == [ord(letter) for letter in "user: "]
+      >>> user_turn(Letters(), "Why") == [ord(letter) for letter in "user: Why"]
       True
     """
     messages = [{"role": "user", "content": _PLACE}]
@@ -46,7 +48,7 @@ def user_turn(tokenizer: Any) -> list[int]:
     before, place, _ = text.partition(_PLACE)
     if not place:
         raise ValueError("the chat template does not repeat what the user says.")
-    return list(tokenizer.encode(before, add_special_tokens=False))
+    return list(tokenizer.encode(before + beginning, add_special_tokens=False))
 
 
 def write_prompts(
@@ -56,6 +58,7 @@ def write_prompts(
     *,
     target: str,
     count: int,
+    beginnings: Sequence[str] = ("",),
     temperature: float = 1.0,
     max_prompt_tokens: int = 128,
     batch: int = 64,
@@ -73,8 +76,10 @@ def write_prompts(
       path: JSONL, one prompt a line, as `answers.read_prompts` reads it.
       target: the model's name, for whoever reads the prompts.
       count: prompts that are wanted.
+      beginnings: first words, which the attempts are given in turn: the kinds of prompts that are
+        wanted. The empty one leaves the kind to the model.
       temperature: they are drawn at; lower, they are plainer.
-      max_prompt_tokens: what has not ended by then is left out.
+      max_prompt_tokens: what has not ended by then is left out; beginnings are not counted.
       batch: attempts at a time.
       seed: another seed, other prompts.
       on_progress: called with the prompts there are, and how many are wanted; never, where nothing
@@ -84,14 +89,24 @@ def write_prompts(
       How many there are.
 
     Raises:
-      ValueError: the file holds something else, the model has no EOS token or no chat template, or
-        a thousand attempts and more bring nothing whole and new; what was kept stays.
+      ValueError: there is no beginning, the file holds something else, the model has no EOS token
+        or no chat template, or a thousand attempts and more bring nothing whole and new; what was
+        kept stays.
       OSError: the file cannot be written.
     """
-    path, first = Path(path), user_turn(tokenizer)
+    path = Path(path)
+    if not beginnings:
+        raise ValueError('beginnings is empty; give first words, or "" for none.')
+    firsts = [user_turn(tokenizer, beginning) for beginning in beginnings]
+    lengths_of_firsts = np.asarray([len(ids) for ids in firsts], np.int32)
+    padded = np.zeros((len(firsts), max(lengths_of_firsts)), np.int32)
+    for ids, row in zip(firsts, padded, strict=True):
+        row[: len(ids)] = ids
     if not model.eos_ids:
         raise ValueError("the model has no EOS token: what it says would never end.")
     drawn = f"{target}, temperature {temperature:g}, seed {seed}, {max_prompt_tokens} tokens"
+    if tuple(beginnings) != ("",):
+        drawn += f", beginnings {hashlib.sha256(repr(tuple(beginnings)).encode()).hexdigest()[:8]}"
     kept = _read(path, drawn)
     number = kept[-1]["number"] + 1 if kept else 0
     known = {row["prompt"] for row in kept}
@@ -100,9 +115,11 @@ def write_prompts(
     while len(kept) < count:
         on_progress(len(kept), count)
         numbers = np.arange(number, number + batch, dtype=np.uint32)
+        kinds = numbers % len(firsts)
         generation = jaxspec.generate(
             model,
-            np.tile(np.asarray(first, np.int32), (batch, 1)),
+            padded[kinds],
+            prompt_lengths=lengths_of_firsts[kinds],
             sampling=jaxspec.Sampling(temperature=temperature),
             max_new_tokens=max_prompt_tokens,
             key=jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers),
@@ -111,7 +128,8 @@ def write_prompts(
         has_ended = np.asarray(generation.status) == jaxspec.status.EOS
         num_in_vain += batch
         for row in np.flatnonzero(has_ended):
-            text = _said(tokenizer, tokens[row, : lengths[row] - 1].tolist())
+            rest = tokens[row, : lengths[row] - 1].tolist()
+            text = _said(tokenizer, beginnings[kinds[row]], rest)
             if text and text not in known and len(kept) < count:
                 known.add(text)
                 num_in_vain = 0
@@ -129,10 +147,12 @@ def write_prompts(
     return len(kept)
 
 
-def _said(tokenizer: Any, ids: list[int]) -> str:
-    """What a user said; nothing, if the template's own marks are in it."""
-    text: str = tokenizer.decode(ids)
-    return "" if text != tokenizer.decode(ids, skip_special_tokens=True) else text.strip()
+def _said(tokenizer: Any, beginning: str, rest: list[int]) -> str:
+    """What a user said; nothing, if the template's own marks are in it, or no rest."""
+    text: str = tokenizer.decode(rest)
+    if not text.strip() or text != tokenizer.decode(rest, skip_special_tokens=True):
+        return ""
+    return (beginning + text).strip()
 
 
 def _read(path: Path, drawn: str) -> list[dict[str, Any]]:

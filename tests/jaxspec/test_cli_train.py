@@ -120,6 +120,10 @@ def test_prompts_of_the_model_s_own(target, tmp_path, capsys):
     assert captured.out == f"3 prompts in {path}\n"
     assert "3/3" in captured.err
     assert len(answers.read_prompts(path)) == 3
+    kinds = tmp_path / "kinds.jsonl"
+    assert main([*arguments[:5], str(kinds), *arguments[6:], "--beginnings", "ab", "c d"]) == 0
+    capsys.readouterr()
+    assert all(prompt.startswith(("ab", "c d")) for prompt in answers.read_prompts(kinds))
     assert main([*arguments, "--seed", "1"]) == 2
     told = capsys.readouterr().err
     assert "seed 1" in told

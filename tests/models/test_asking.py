@@ -40,6 +40,7 @@ def rows_of(path):
 
 def test_the_template_up_to_the_user(loaded):
     assert loaded[1].decode(asking.user_turn(loaded[1])) == "<user>"
+    assert loaded[1].decode(asking.user_turn(loaded[1], "a goose")) == "<user>a goose"
 
 
 def test_prompts_are_whole_and_new(loaded, whole):
@@ -52,6 +53,34 @@ def test_prompts_are_whole_and_new(loaded, whole):
     numbers = [row["number"] for row in rows_of(whole)]
     assert numbers == sorted(set(numbers))
     assert numbers != list(range(12))  # some did not end
+
+
+def test_beginnings_take_turns(loaded, tmp_path):
+    """Each prompt has the one of its attempt, and is what the model says behind that."""
+    path, beginnings = tmp_path / "prompts.jsonl", ["a goose ", "b", ""]
+    assert write(loaded, path, count=5, beginnings=beginnings) == 5
+    assert write(loaded, path, beginnings=beginnings, batch=5) == 12
+    rows = rows_of(path)
+    kinds = [row["number"] % 3 for row in rows]
+    assert set(kinds) == {0, 1, 2}
+    model, tokenizer = loaded
+    for row, kind in zip(rows, kinds, strict=True):
+        alone = jaxspec.generate(
+            model,
+            [asking.user_turn(tokenizer, beginnings[kind])],
+            sampling=jaxspec.Sampling(temperature=1.0),
+            max_new_tokens=64,
+            key=jax.random.fold_in(
+                jax.random.key(0, impl="threefry2x32"), np.uint32(row["number"])
+            )[None],
+        )
+        said = tokenizer.decode(alone.tokens[0, : alone.lengths[0] - 1].tolist())
+        assert said.strip()  # a beginning alone is no prompt
+        assert row["prompt"] == (beginnings[kind] + said).strip()
+    with pytest.raises(ValueError, match="choose another file"):
+        write(loaded, path, count=20, beginnings=beginnings[:2])
+    with pytest.raises(ValueError, match="beginnings is empty"):
+        write(loaded, path, beginnings=[])
 
 
 @pytest.mark.parametrize("batch", [8, 3])
@@ -156,6 +185,7 @@ def test_a_template_without_the_user_is_refused():
 
 def test_marks_of_the_template_are_no_words(loaded):
     ids = loaded[1].encode("a goose", add_special_tokens=False)
-    assert asking._said(loaded[1], [32, *ids, 32]) == loaded[1].decode([32, *ids, 32]).strip()
-    assert asking._said(loaded[1], [*ids, 256, *ids]) == ""
+    assert asking._said(loaded[1], "", [32, *ids, 32]) == loaded[1].decode([32, *ids, 32]).strip()
+    assert asking._said(loaded[1], "b", [*ids, 256, *ids]) == ""
+    assert asking._said(loaded[1], "b", []) == ""
     assert np.shape(ids) == (7,)
