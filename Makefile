@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test exactness exhaustive check lint types doctest clean
+.PHONY: demo test exactness real exhaustive check lint types doctest clean
 
 # Two environments' worth of packages, installed in order of need: a demo needs no test tools.
 $(VENV)/.python:
@@ -29,18 +29,22 @@ demo: $(VENV)/.demo  ## a real model, several tokens per forward
 # Neighbours share compiled programs: worksteal keeps them on one worker for as long as it can.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-# Three quarters of the tests' time is the compiler's. What these flags leave out makes programs
-# faster, not other ones; it halves the time. The models' tests, where speed and the last bit count,
-# run as users do. Empty (make test HASTE=): so do all.
-HASTE := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=1
-HASTILY = XLA_FLAGS="$(strip $(XLA_FLAGS) $(HASTE))"
+# Most of the tests' time is the compiler's. What these flags leave out makes programs faster, not
+# other ones: level 0 where little is run, level 1 where laws take many samples. What says something
+# of speed or of last bits (`optimized`) and the real model are compiled as for users.
+# Empty (make test HASTE=): so is everything.
+HASTE := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+LEVEL  = XLA_FLAGS="$(strip $(XLA_FLAGS) $(if $(HASTE),$(HASTE) --xla_backend_optimization_level=$(1)))"
+OTHERS := exactness or law or exhaustive or optimized or real_model
 
 test: $(VENV)/.dev  ## the tests most people run
-	$(HASTILY) $(PYTEST) -m "not exactness and not exhaustive" tests/jaxspec
-	$(PYTEST) -m "not exactness and not exhaustive" tests/models
+	$(call LEVEL,0) $(PYTEST) -m "not ($(OTHERS))"
 
-exactness: $(VENV)/.dev  ## the exactness matrix and its planted bugs
-	$(HASTILY) $(PYTEST) -m exactness
+exactness: $(VENV)/.dev  ## the laws of all rules, the exactness matrix and its planted bugs
+	$(call LEVEL,1) $(PYTEST) -m "(exactness or law) and not real_model"
+
+real: $(VENV)/.dev  ## the real model, and what depends on how programs are compiled
+	$(PYTEST) -m "(optimized or real_model) and not exhaustive"
 
 exhaustive: $(VENV)/.dev  ## the whole product of the matrix's axes: hours on 2 cores
 	$(PYTEST) -m exhaustive
@@ -55,7 +59,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 doctest: $(VENV)/.dev
-	$(BIN)/python -m pytest --doctest-modules jaxspec models/jaxspec_models
+	$(call LEVEL,0) $(PYTEST) --doctest-modules jaxspec models/jaxspec_models
 
 clean:
 	rm -rf $(VENV)

@@ -18,6 +18,8 @@ from jaxspec.testing.enumeration import Block, emitted_laws
 from jaxspec.testing.verifier import random_laws
 from jaxspec.verifiers import ratio
 
+pytestmark = pytest.mark.law
+
 _CAUGHT = 5e-3
 _RATIO = "jaxspec.verifiers.ratio"
 _RATIO_RULES = ["rejection", "block"]

@@ -13,6 +13,8 @@ import jaxspec
 from jaxspec import Draft, Sampling, drafters, lossy, policies, pytree, verifiers
 from jaxspec.testing import check_lossless, check_verifier, random_logits, table_model
 
+pytestmark = pytest.mark.law
+
 RULES = {
     "lenient": lambda: lossy.lenient(0.5),
     "confidence": lambda: lossy.confidence(0.01),

@@ -82,6 +82,7 @@ def test_any_tree_is_judged_exactly(tree, name):
     check_verifier(_RULES[name], parents=_TREES[tree]).assert_passed()
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("tree", ["two children", "a binary beginning"])
 @pytest.mark.parametrize(
     "rule", [verifiers.descent(), verifiers.greedy()], ids=["descent", "greedy"]
@@ -136,6 +137,7 @@ def test_what_is_accepted_at_a_node_stays_below_the_bound_and_stronger_rules_acc
             assert deterministic == pytest.approx(bound(fixed), abs=1e-6)  # it is optimal
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", ["rejection", "block", *_RULES, "descent"])
 def test_reports_tell_the_optimum_beside_what_is_accepted(name):
     rule = _RULES[name] if name in _RULES else getattr(verifiers, name)()

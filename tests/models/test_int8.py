@@ -17,6 +17,8 @@ from support.real import benchmark, load
 import jaxspec_models
 from jaxspec_models import checkpoint, layers, llama, llama_int8, quantization
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = llama.LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, dtype="float32",

@@ -12,6 +12,8 @@ from support.real import load
 
 from jaxspec_models import layers
 
+pytestmark = pytest.mark.optimized
+
 _DIM, _CAPACITY = 64, 1024
 _LENGTHS = np.array([700, 10, 300, 40, 900, 5])  # rows share some blocks and have others alone
 

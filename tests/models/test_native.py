@@ -287,6 +287,8 @@ MESH = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxspec_models import layers, quantization
+
+pytestmark = pytest.mark.optimized
 devices = jax.device_count()
 mesh = jax.make_mesh((devices,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 product = jax.shard_map(

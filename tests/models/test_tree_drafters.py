@@ -14,6 +14,8 @@ from jaxspec import Sampling, drafters, trees
 from jaxspec.types import Context
 from jaxspec_models.drafters import parts, reading
 
+pytestmark = pytest.mark.optimized
+
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[5, 6, 7, 8], [9], [4, 12, 30, 5, 5, 6], [20, 21]]
 TREES = {"comb": trees.comb((3, 2, 2)), "k-ary": trees.kary((2, 2)), "chain": trees.chain(3)}
