@@ -63,8 +63,8 @@ def _add_train_prompts(commands: Any) -> None:
         metavar="TEXT",
         nargs="+",
         default=[""],
-        help="first words of prompts, in turn: the kinds that are wanted, like "
-        "'Write a Python function that' (default: left to the model)",
+        help="first words, given to attempts in turn: the kinds of prompts that are wanted, like "
+        "'Write a Python function that'; '' leaves the kind to the model (default)",
     )
     parser.add_argument(
         "--temperature",
@@ -73,7 +73,9 @@ def _add_train_prompts(commands: Any) -> None:
         default=1.0,
         help="lower: plainer prompts (default: %(default)s)",
     )
-    common.add_count(parser, "--max-prompt-tokens", 128, "longer prompts are left out")
+    common.add_count(
+        parser, "--max-prompt-tokens", 128, "longer prompts are left out; beginnings do not count"
+    )
     common.add_count(parser, "--batch", 64, "prompts written at a time")
     common.add_seed(parser)
     common.add_dtype(parser)

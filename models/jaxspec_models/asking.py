@@ -58,7 +58,7 @@ def write_prompts(
     *,
     target: str,
     count: int,
-    beginnings: Sequence[str] = ("",),
+    beginnings: str | Sequence[str] = ("",),
     temperature: float = 1.0,
     max_prompt_tokens: int = 128,
     batch: int = 64,
@@ -77,7 +77,8 @@ def write_prompts(
       target: the model's name, for whoever reads the prompts.
       count: prompts that are wanted.
       beginnings: first words, which the attempts are given in turn: the kinds of prompts that are
-        wanted. The empty one leaves the kind to the model.
+        wanted. The empty one leaves the kind to the model. Blanks at their ends are left out: the
+        blank before a word is part of the word's token, and so the model's to write.
       temperature: they are drawn at; lower, they are plainer.
       max_prompt_tokens: what has not ended by then is left out; beginnings are not counted.
       batch: attempts at a time.
@@ -90,55 +91,67 @@ def write_prompts(
 
     Raises:
       ValueError: there is no beginning, the file holds something else, the model has no EOS token
-        or no chat template, or a thousand attempts and more bring nothing whole and new; what was
-        kept stays.
+        or no chat template or is not made for texts so long, or a thousand attempts and more with
+        one beginning bring nothing whole and new; what was kept stays.
       OSError: the file cannot be written.
     """
     path = Path(path)
-    if not beginnings:
+    given = (beginnings,) if isinstance(beginnings, str) else beginnings
+    kinds = tuple(beginning.rstrip() for beginning in given)
+    if not kinds:
         raise ValueError('beginnings is empty; give first words, or "" for none.')
-    firsts = [user_turn(tokenizer, beginning) for beginning in beginnings]
-    lengths_of_firsts = np.asarray([len(ids) for ids in firsts], np.int32)
-    padded = np.zeros((len(firsts), max(lengths_of_firsts)), np.int32)
-    for ids, row in zip(firsts, padded, strict=True):
-        row[: len(ids)] = ids
+    firsts = [user_turn(tokenizer, kind) for kind in kinds]
+    first_lengths = np.asarray([len(first) for first in firsts], np.int32)
+    padded = np.zeros((len(firsts), max(first_lengths)), np.int32)
+    for first, row in zip(firsts, padded, strict=True):
+        row[: len(first)] = first
+    longest = padded.shape[1] + max_prompt_tokens
+    if model.max_length is not None and longest > model.max_length:
+        raise ValueError(
+            f"a beginning of {padded.shape[1]} tokens, those of the template included, and "
+            f"max_prompt_tokens={max_prompt_tokens} make {longest}; the model is made for "
+            f"{model.max_length}: lower max_prompt_tokens, or shorten the beginnings."
+        )
     if not model.eos_ids:
         raise ValueError("the model has no EOS token: what it says would never end.")
     drawn = f"{target}, temperature {temperature:g}, seed {seed}, {max_prompt_tokens} tokens"
-    if tuple(beginnings) != ("",):
-        drawn += f", beginnings {hashlib.sha256(repr(tuple(beginnings)).encode()).hexdigest()[:8]}"
+    if kinds != ("",):
+        drawn += f", beginnings {hashlib.sha256(repr(kinds).encode()).hexdigest()[:8]}"
     kept = _read(path, drawn)
     number = kept[-1]["number"] + 1 if kept else 0
     known = {row["prompt"] for row in kept}
     key = jax.random.key(seed, impl="threefry2x32")
-    num_in_vain, has_begun = 0, len(kept) < count
+    num_in_vain, has_begun = np.zeros(len(kinds), int), len(kept) < count
     while len(kept) < count:
         on_progress(len(kept), count)
         numbers = np.arange(number, number + batch, dtype=np.uint32)
-        kinds = numbers % len(firsts)
+        kind_of = numbers % len(kinds)
         generation = jaxspec.generate(
             model,
-            padded[kinds],
-            prompt_lengths=lengths_of_firsts[kinds],
+            padded[kind_of],
+            prompt_lengths=first_lengths[kind_of],
             sampling=jaxspec.Sampling(temperature=temperature),
             max_new_tokens=max_prompt_tokens,
             key=jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers),
         )
         tokens, lengths = np.asarray(generation.tokens), np.asarray(generation.lengths)
         has_ended = np.asarray(generation.status) == jaxspec.status.EOS
-        num_in_vain += batch
+        num_in_vain += np.bincount(kind_of, minlength=len(kinds))
         for row in np.flatnonzero(has_ended):
-            rest = tokens[row, : lengths[row] - 1].tolist()
-            text = _said(tokenizer, beginnings[kinds[row]], rest)
+            kind, rest = kind_of[row], tokens[row, : lengths[row] - 1].tolist()
+            text = _said(tokenizer, firsts[kind], kinds[kind], rest)
             if text and text not in known and len(kept) < count:
                 known.add(text)
-                num_in_vain = 0
+                num_in_vain[kind] = 0
                 kept.append({"prompt": text, "source": drawn, "number": int(numbers[row])})
         number += batch
-        if num_in_vain >= _MOST_IN_VAIN:
+        worst = int(np.argmax(num_in_vain))
+        if num_in_vain[worst] >= _MOST_IN_VAIN:
+            behind = f" with the beginning {kinds[worst]!r}" if kinds[worst] else ""
             raise ValueError(
-                f"the last {num_in_vain} attempts brought nothing whole and new, beside the "
-                f"{len(kept)} prompts in {path}; raise max_prompt_tokens or the temperature."
+                f"the last {num_in_vain[worst]} attempts{behind} brought nothing whole and new, "
+                f"beside the {len(kept)} prompts in {path}; raise max_prompt_tokens or the "
+                "temperature."
             )
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         write_atomically(path, lines.encode())
@@ -147,12 +160,14 @@ def write_prompts(
     return len(kept)
 
 
-def _said(tokenizer: Any, beginning: str, rest: list[int]) -> str:
+def _said(tokenizer: Any, first: list[int], beginning: str, rest: list[int]) -> str:
     """What a user said; nothing, if the template's own marks are in it, or no rest."""
-    text: str = tokenizer.decode(rest)
-    if not text.strip() or text != tokenizer.decode(rest, skip_special_tokens=True):
+    if tokenizer.decode(rest) != tokenizer.decode(rest, skip_special_tokens=True):
         return ""
-    return (beginning + text).strip()
+    # Not the rest alone: some decoders take the blank from the first token of a text.
+    before: str = tokenizer.decode(first)
+    text: str = tokenizer.decode([*first, *rest])[len(before) :]
+    return (beginning + text).strip() if text.strip() else ""
 
 
 def _read(path: Path, drawn: str) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from support.mutants import mutant
 
 from jaxspec import drawing
 
+pytestmark = pytest.mark.optimized
+
 _LAST = np.float32(1 - 2**-23)  # the largest uniform that JAX makes
 
 

@@ -92,6 +92,7 @@ _ROW_OPTIONS = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("drafter", _DRAFTERS)
 def test_a_row_is_the_same_alone_and_in_a_batch(drafter):
     keys = jax.random.split(jax.random.key(8), 4)
@@ -114,6 +115,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(drafter):
             np.testing.assert_array_equal(ours[0], theirs[row])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("drafter", ["disagreeing", "lookup"])
 def test_padding_changes_nothing(drafter):
     """Neither its amount nor what it holds, ids outside the vocabulary included."""

@@ -239,6 +239,7 @@ def streamed(*args, **kwargs):
         pieces.setdefault(row, []).extend(ids.tolist())
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("drafter", ["none", "equal", "other", "lookup"])
 def test_a_stream_that_is_told_to_stop_is_what_stop_sequences_make_of_it(drafter):
     """Tokens, log-probabilities, statistics and where the rows go on, bit for bit."""

@@ -13,6 +13,8 @@ import jaxspec
 from jaxspec import drafters, loop, policies, verifiers
 from jaxspec.testing import random_logits, table_model
 
+pytestmark = pytest.mark.optimized
+
 _VOCAB, _ORDER, _DRAFTS = 6, 2, 9
 _LOGITS = random_logits(3, vocab_size=_VOCAB, order=_ORDER)
 _TARGET = table_model(_LOGITS, order=_ORDER)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from support.checkpoints import BYTES, byte_tokenizer, write_model
 
 import jaxspec
@@ -57,8 +58,8 @@ def test_prompts_are_whole_and_new(loaded, whole):
 
 def test_beginnings_take_turns(loaded, tmp_path):
     """Each prompt has the one of its attempt, and is what the model says behind that."""
-    path, beginnings = tmp_path / "prompts.jsonl", ["a goose ", "b", ""]
-    assert write(loaded, path, count=5, beginnings=beginnings) == 5
+    path, beginnings = tmp_path / "prompts.jsonl", ["a goose", "b", ""]
+    assert write(loaded, path, count=5, beginnings=["a goose ", "b", ""]) == 5
     assert write(loaded, path, beginnings=beginnings, batch=5) == 12
     rows = rows_of(path)
     kinds = [row["number"] % 3 for row in rows]
@@ -81,6 +82,43 @@ def test_beginnings_take_turns(loaded, tmp_path):
         write(loaded, path, count=20, beginnings=beginnings[:2])
     with pytest.raises(ValueError, match="beginnings is empty"):
         write(loaded, path, beginnings=[])
+    with pytest.raises(ValueError, match=r"12 tokens.*max_prompt_tokens=64 make 76.* made for 70"):
+        write((model.replace(max_length=70), tokenizer), path, beginnings="a goos")
+
+
+def test_a_beginning_without_prompts_is_told(loaded, tmp_path):
+    """Those of others do not hide it: behind "b" there is never an end here."""
+    letters = [BYTES.index(letter) for letter in "bcdefghijklmnopqrstuvwxyz"]
+    logits = np.full((loaded[0].vocab_size, loaded[0].vocab_size), -1e9, np.float32)
+    logits[:, [*letters[1:], 256]] = 0.0
+    logits[letters[0]] = -1e9
+    logits[letters[0], letters[0]] = 0.0
+    path = tmp_path / "prompts.jsonl"
+    with pytest.raises(ValueError, match="1000 attempts with the beginning 'b' brought nothing"):
+        write(
+            (table(loaded[0], logits), loaded[1]), path, count=10**6, beginnings=["a", "b"],
+            max_prompt_tokens=8, batch=500,
+        )  # fmt: skip
+    prompts = answers.read_prompts(path)
+    assert len(prompts) > 100
+    assert all(prompt.startswith("a") for prompt in prompts)
+
+
+def test_a_decoder_that_takes_the_first_blank():
+    """As SentencePiece's do: the blank behind a beginning stays."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"▁Why": 0, "▁geese": 1, "▁fly": 2, "<e>": 3}, [])
+    )
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = TextTokenizer(backend)
+    assert tokenizer.decode([1, 2]) == "geese fly"
+    assert asking._said(tokenizer, [0], "Why", [1, 2]) == "Why geese fly"
 
 
 @pytest.mark.parametrize("batch", [8, 3])
@@ -122,15 +160,20 @@ def test_nothing_new_is_an_end(loaded, tmp_path):
 
 def ending(model):
     """The model, whose likeliest token is "a", and behind it the EOS."""
+    logits = np.zeros((model.vocab_size, model.vocab_size), np.float32)
+    letter = BYTES.index("a")
+    logits[:, letter] = 10.0
+    logits[letter, 256] = 20.0
+    return table(model, logits)
+
+
+def table(model, logits):
+    """The model with the logits of a token behind each token."""
 
     def apply(params, tokens, cache, *, start):
         del start
         return jaxspec.ModelOutput(params[tokens]), cache
 
-    logits = np.zeros((model.vocab_size, model.vocab_size), np.float32)
-    letter = BYTES.index("a")
-    logits[:, letter] = 10.0
-    logits[letter, 256] = 20.0
     return jaxspec.LanguageModel(
         jnp.asarray(logits), apply, lambda *_: (), vocab_size=model.vocab_size, eos_ids=(256,)
     )
@@ -185,7 +228,8 @@ def test_a_template_without_the_user_is_refused():
 
 def test_marks_of_the_template_are_no_words(loaded):
     ids = loaded[1].encode("a goose", add_special_tokens=False)
-    assert asking._said(loaded[1], "", [32, *ids, 32]) == loaded[1].decode([32, *ids, 32]).strip()
-    assert asking._said(loaded[1], "b", [*ids, 256, *ids]) == ""
-    assert asking._said(loaded[1], "b", []) == ""
+    told = loaded[1].decode([32, *ids, 32]).strip()
+    assert asking._said(loaded[1], [], "", [32, *ids, 32]) == told
+    assert asking._said(loaded[1], [], "b", [*ids, 256, *ids]) == ""
+    assert asking._said(loaded[1], ids, "b", []) == ""
     assert np.shape(ids) == (7,)

@@ -12,8 +12,6 @@ import jaxspec
 from jaxspec import drafters, policies, verifiers
 from jaxspec_models import layers, llama, llama_int8
 
-pytestmark = pytest.mark.optimized
-
 CONFIG = llama.LlamaConfig(
     vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16,

@@ -15,6 +15,8 @@ import pytest
 import jaxspec
 from jaxspec_models import layers, llama, llama_int8, native, quantization
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = llama.LlamaConfig(
     vocab_size=96, hidden_size=72, intermediate_size=136, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, dtype="float32",
@@ -287,8 +289,6 @@ MESH = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxspec_models import layers, quantization
-
-pytestmark = pytest.mark.optimized
 devices = jax.device_count()
 mesh = jax.make_mesh((devices,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 product = jax.shard_map(

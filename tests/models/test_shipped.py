@@ -13,8 +13,6 @@ from jaxspec import trees
 from jaxspec_models import download, loading
 from jaxspec_models.text import encode_prompt
 
-pytestmark = pytest.mark.optimized
-
 DIRECTORIES = sorted(path for path in loading._SHIPPED.iterdir() if path.is_dir())
 QUESTIONS = [
     "Give me three tips for a good night's sleep.",
