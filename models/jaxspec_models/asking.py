@@ -101,14 +101,11 @@ def write_prompts(
     if not kinds:
         raise ValueError('beginnings is empty; give first words, or "" for none.')
     firsts = [user_turn(tokenizer, kind) for kind in kinds]
-    first_lengths = np.asarray([len(first) for first in firsts], np.int32)
-    padded = np.zeros((len(firsts), max(first_lengths)), np.int32)
-    for first, row in zip(firsts, padded, strict=True):
-        row[: len(first)] = first
-    longest = padded.shape[1] + max_prompt_tokens
+    num_first = max(map(len, firsts))
+    longest = num_first + max_prompt_tokens
     if model.max_length is not None and longest > model.max_length:
         raise ValueError(
-            f"a beginning of {padded.shape[1]} tokens, those of the template included, and "
+            f"a beginning of {num_first} tokens, those of the template included, and "
             f"max_prompt_tokens={max_prompt_tokens} make {longest}; the model is made for "
             f"{model.max_length}: lower max_prompt_tokens, or shorten the beginnings."
         )
@@ -128,8 +125,7 @@ def write_prompts(
         kind_of = numbers % len(kinds)
         generation = jaxspec.generate(
             model,
-            padded[kind_of],
-            prompt_lengths=first_lengths[kind_of],
+            [firsts[kind] for kind in kind_of],
             sampling=jaxspec.Sampling(temperature=temperature),
             max_new_tokens=max_prompt_tokens,
             key=jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers),
@@ -145,16 +141,16 @@ def write_prompts(
                 num_in_vain[kind] = 0
                 kept.append({"prompt": text, "source": drawn, "number": int(numbers[row])})
         number += batch
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        write_atomically(path, lines.encode())
         worst = int(np.argmax(num_in_vain))
-        if num_in_vain[worst] >= _MOST_IN_VAIN:
+        if len(kept) < count and num_in_vain[worst] >= _MOST_IN_VAIN:
             behind = f" with the beginning {kinds[worst]!r}" if kinds[worst] else ""
             raise ValueError(
                 f"the last {num_in_vain[worst]} attempts{behind} brought nothing whole and new, "
                 f"beside the {len(kept)} prompts in {path}; raise max_prompt_tokens or the "
                 "temperature."
             )
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        write_atomically(path, lines.encode())
     if has_begun:
         on_progress(len(kept), count)
     return len(kept)

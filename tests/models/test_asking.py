@@ -94,13 +94,19 @@ def test_a_beginning_without_prompts_is_told(loaded, tmp_path):
     logits[letters[0]] = -1e9
     logits[letters[0], letters[0]] = 0.0
     path = tmp_path / "prompts.jsonl"
-    with pytest.raises(ValueError, match="1000 attempts with the beginning 'b' brought nothing"):
+    told = "1000 attempts with the beginning 'b' brought nothing"
+    with pytest.raises(ValueError, match=told) as error:
         write(
             (table(loaded[0], logits), loaded[1]), path, count=10**6, beginnings=["a", "b"],
             max_prompt_tokens=8, batch=500,
         )  # fmt: skip
     prompts = answers.read_prompts(path)
     assert len(prompts) > 100
+    assert f" {len(prompts)} prompts in " in str(error.value)  # those of the last batch, too
+    # Whoever wants no more than there can be is not told.
+    few = tmp_path / "few.jsonl"
+    options = {"count": 3, "beginnings": ["a", "b"], "max_prompt_tokens": 8, "batch": 2000}
+    assert write((table(loaded[0], logits), loaded[1]), few, **options) == 3
     assert all(prompt.startswith("a") for prompt in prompts)
 
 
